@@ -20,7 +20,7 @@ SHARED = 2  # commands that have an option or an argument of the same words
 HEAD = """\
 ## Shared arguments and options
 
-Each command lists its arguments, required ones in braces, and which of these options it has.
+Required arguments of a command are in braces.
 
 """
 

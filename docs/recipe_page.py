@@ -14,10 +14,9 @@ from qwlora.recipe.yaml_core import flow
 HEAD = """\
 # Recipe reference
 
-`qwlora init` writes a short recipe to start from, `qwlora check RECIPE --full` prints yours with
-all defaults, and `--set base.weights=w3-block32` changes one value for one run. Recipes are YAML
-1.2. Paths, also those of `--set`, are relative to the recipe's folder; `--out` is relative to the
-current directory. Defaults are bold.
+`qwlora init` writes a short recipe. `qwlora check RECIPE --full` prints yours with all defaults.
+`--set base.weights=w3-block32` changes one value for one run. Recipes are YAML 1.2. Paths are
+relative to the recipe's folder; `--out` is relative to the current directory. Defaults are bold.
 """
 
 

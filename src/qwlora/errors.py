@@ -309,8 +309,8 @@ def remedy_of(error: BaseException) -> str:
         return f"{LESS_MEMORY}."
     if isinstance(error, VerificationError):
         return (
-            "Do not use the exported files until the check has passed. If only the perplexity "
-            "differs, barely, raise verify.sequences."
+            "Do not use the exported files until the check passes. If only the perplexity differs "
+            "slightly, raise verify.sequences."
         )
     if isinstance(error, QwloraError | OSError):
         return "Correct what the message names."

@@ -226,7 +226,7 @@ def test_refuses_models_that_compute_something_else() -> None:
     t5 = T5ForConditionalGeneration(T5Config(**sizes, num_heads=2, decoder_start_token_id=0))
     for other, message in (
         (smooth, r"LlamaForCausalLM cannot be .*chunked_loss=False"),
-        (clamped, "in a way that its configuration does not say"),
+        (clamped, "its configuration does not say how"),
         (LlamaModel(tiny_model("llama").config), "LlamaModel cannot be .* no output head"),
         (torch.nn.Linear(2, 2), "Linear is not a model of transformers"),
         (t5, "T5ForConditionalGeneration cannot be trained"),

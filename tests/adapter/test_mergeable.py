@@ -314,7 +314,7 @@ def test_one_is_active_at_a_time_and_a_merge_is_final() -> None:
         qwlora.mergeable_(peft, "third")
     qwlora.mergeable_(peft, "other")
     peft.base_model.set_adapter(["default", "other"])
-    with pytest.raises(TrainingError, match=r"default, other are mergeable.*Activate one"):
+    with pytest.raises(TrainingError, match=r"default, other are mergeable.*Activate only one"):
         peft(IDS)
     peft.set_adapter("other")
     peft.merge_adapter()

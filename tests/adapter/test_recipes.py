@@ -92,9 +92,9 @@ PARTS = [{"name": part, "target_parameters": [f"x.{part}"]} for part in ("up", "
             "=[{name: a, target_parameters: [up], dropout: 0.1, dora: true, layers: [0]}]",
             ": dropout, dora, layers: PEFT",
         ),
-        ("=[{name: a, patience: 2}]", ": patience counts evaluations"),
-        (f"={PARTS}", "base_activations adapter_only: PEFT loads several adapters only"),
-        ("=[{name: one, continue_from: two}, {name: two}]", "one continues two: list it first"),
+        ("=[{name: a, patience: 2}]", ": patience needs evaluations"),
+        (f"={PARTS}", "base_activations adapter_only: PEFT can load several adapters only"),
+        ("=[{name: one, continue_from: two}, {name: two}]", "one continues two, which is listed"),
         (
             "=[{name: one, mergeable: true}, {name: two, continue_from: one}]",
             "two continues one, which is mergeable",

@@ -70,7 +70,7 @@ USAGE = {  # arguments, and facts of the message
     "adapters add out": ("--name is missing",),
     "run --out": ("--out needs a value",),
     "run --quiet=3": ("--quiet takes no value",),
-    "chat a b c": ("b c is too much",),
+    "chat a b c": ("unexpected argument b c",),
     "generate out hi --max-new-tokens x": ("--max-new-tokens", "'x'", "a whole number"),
     "merge out first --into bla": ("--into", "'bla'", "'float', 'requantized'"),
     "merge out first --into float": ("qwlora: the merged model", "--out"),

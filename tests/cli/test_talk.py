@@ -104,7 +104,7 @@ RUNTIMES = {
     ("--runtime", "onnx", "--models", "base"): "onnx/base",
     ("--runtime", "onyx"): "'onyx' is unknown; did you mean onnx?",
     ("--runtime", "gguf"): "is not exported to gguf",
-    ("--runtime", "hf", "--models", "float"): "only the base and adapters have files",
+    ("--runtime", "hf", "--models", "float"): "only for the base and adapters",
 }
 
 

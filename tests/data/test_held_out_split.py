@@ -163,7 +163,7 @@ def test_held_out_documents_from_a_source_of_their_own(tmp_path: Path) -> None:
     assert all(d.prompt.startswith("valid") for d in documents.held_out)
     # what is in both is not held out
     written(tmp_path / "valid.jsonl", [{"prompt": "train.jsonl 1?", "completion": "x"}] * 2)
-    with pytest.raises(SourceError, match="nothing is left of the held-out part"):
+    with pytest.raises(SourceError, match="the held-out part is empty"):
         load_documents(source, 0.5, 0, Reading(evaluation=valid))
     text = tmp_path / "text.txt"
     text.write_text("words")

@@ -92,7 +92,7 @@ def test_the_page_is_true(clone: Path) -> None:
     assert ran == 6
     first = "src/qwlora/recipe/examples/first.yaml --out out/first"
     again = run(f".venv/bin/qwlora run {first} 2>&1", clone)
-    assert "quantize: skipped, nothing it depends on has changed" in again
+    assert "quantize: skipped, up to date" in again
     assert " ...\n" not in again
     assert (clone / "out/first/report.html").stat().st_size > 10_000
 

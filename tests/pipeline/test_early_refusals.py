@@ -44,7 +44,7 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("gpt2", LONG, SourceError, "160 tokens, but GPT2.* for 128"),
     ("gpt2", BASE_TEXT, SourceError, "512 tokens, but GPT2.* for 128"),
     ("gpt2", exporting("hf"), GridError, r"target hf: .*c_attn\.weight.*Conv1D"),
-    ("opt", exporting("gguf"), GridError, "target gguf: .*this is opt"),
+    ("opt", exporting("gguf"), GridError, "target gguf: .*this model is opt"),
     ("opt", exporting("mlx"), GridError, "Model type opt not supported"),
     ("llama", EXPERTS, TrainingError, "target openvino: adapter first changes .*experts"),
     ("llama", FLOAT_EMBEDDINGS, GridError, "embed_tokens.*weights: w8-tensor"),
@@ -128,7 +128,7 @@ def test_check_and_run_say_that_integers_are_rounded_again(job_for: Any, tmp_pat
     assert second_rounding(load_recipe(job.recipe)) is None
     change = f"model.source={tmp_path / 'rounded'}"
     said = answered("check", job.recipe, "--set", change)
-    assert re.search("a second time.*model.source to the GGUF file", said)
+    assert re.search("a second time.*model.source to the original GGUF file", said)
     results = job.run("quantize", changes=[change])
     assert sum("a second time" in line for line in job.said) == 1
     assert "a second time" in results["base"]["second_rounding"]

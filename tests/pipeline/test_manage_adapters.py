@@ -234,7 +234,7 @@ def test_a_recipe_that_is_edited_by_hand_loses_no_adapter(job: Path) -> None:
     assert again(job) == ["train/new"]
     assert files(job, "adapters/second") == before
     write(first)
-    with pytest.raises(DirectoryError, match="second' exists, but is of no adapter"):
+    with pytest.raises(DirectoryError, match="second' exists, but belongs to no adapter"):
         rename_adapter(job, "first", "second")
     remove_adapter(job, "second")
     assert sorted(path.name for path in (job / "adapters").iterdir()) == ["first", "new"]

@@ -103,7 +103,7 @@ def test_a_job_whose_recipe_is_gone_or_damaged_is_left_alone(job: FakeJob) -> No
     job.run()
     recipe = job.recipe.read_text()
     job.recipe.write_text(recipe.replace("name: tiny", "name: other"))
-    with pytest.raises(DirectoryError, match="was made by recipe 'tiny', and this one is 'other'"):
+    with pytest.raises(DirectoryError, match="belongs to recipe 'tiny', not 'other'"):
         job.run()
     job.recipe.write_text(recipe)
     for damage in ("", "{", "[]", "[" * 100_000, None):

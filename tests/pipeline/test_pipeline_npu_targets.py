@@ -94,7 +94,7 @@ GRAPHS = "export.graphs={tokens: [8, 8, 0], context: [32, 8, 4]}"
     [
         ((*QAIRT, "export.use_cases=[first+third]"), "no adapter third"),
         ((*QAIRT, "export.use_cases=[none]"), "must hold an adapter"),
-        ((*QAIRT, GENIE, "export.use_cases=[first+second]"), "strength of one adapter; list no"),
+        ((*QAIRT, GENIE, "export.use_cases=[first+second]"), "strength of one adapter only"),
         ((*QAIRT, "adapters.0.name=none"), "choose another name"),
         ((*QAIRT, "adapters.0.name=host"), "adapter host has the name of another"),
         ((*QAIRT, "workflow=qwa-lora"), "use workflow qw-lora"),

@@ -78,10 +78,10 @@ def test_what_reads_other_bytes_runs_again(job: FakeJob) -> None:
     job.written = b"others"
     job.run()
     assert job.ran == ["calibrate/first", "evaluate/simulated/first", *EXPORTED[1:], ALL[10]]
-    reason = "calibrate/first is another one than it was made from"
+    reason = "calibrate/first has changed"
     assert f"export/onnx/first ... ({reason})" in job.said
     damage(job.out / "base" / "weights.bin")
-    with pytest.raises(DirectoryError, match=r"(?s)differently, first:\n  quantize is anoth"):
+    with pytest.raises(DirectoryError, match=r"(?s)differently, first:\n  quantize has changed"):
         job.run()
     assert job.ran == ["quantize", "evaluate/base"]
 
@@ -94,7 +94,7 @@ def test_only_what_a_target_needs_runs(job: FakeJob) -> None:
     assert not [name for name in ran if "calibrate" in name or "simulated" in name]
     job.run("calibrate", changes=["export.targets=[hf, mlx]"])
     assert job.said[0].startswith("calibrate: nothing to do")
-    with pytest.raises(DirectoryError, match=r"no simulations, since no target .* has hf, mlx\."):
+    with pytest.raises(DirectoryError, match=r"no simulations, because no target .* has hf, mlx\."):
         JobModels(job.out).check(ModelName("simulated", "first"))
     job.run(changes=["export.targets=[hf, onnx]"])
     assert job.ran == [name for name in ALL if name not in ran]
@@ -116,7 +116,7 @@ CHANGES = {
     "workflow=qwa-lora": ("simulation.activation_bitwidth=8", "activation_bitwidth: 16 -> 8"),
     "base.bits=5": ("export.targets=[onnx, gguf]", r"export.targets \(schemes .*\): \["),
     "name=tiny": ("adapters.0.steps=3", "first.steps: 6 -> 3"),
-    "seed=0": ("workflow=qwa-lora", "workflow: qw-lora -> qwa-lora\n  it was made without q"),
+    "seed=0": ("workflow=qwa-lora", "workflow: qw-lora -> qwa-lora\n  q.* is new"),
 }
 
 
@@ -168,7 +168,7 @@ def test_a_runtime_that_is_missing_replaces_no_proof(job, monkeypatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(Target, "missing", lambda *arguments: "no runtime")
         job.run("verify")
-        said = "verify/onnx/first: not run here (no runtime); the proof that is there stays"
+        said = "verify/onnx/first: not run here (no runtime); its existing proof is kept"
         assert said in job.said
         assert "verify/onnx/first" not in job.ran
         damage(job.out / "export/onnx/first/weights.bin")

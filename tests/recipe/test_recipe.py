@@ -33,7 +33,7 @@ MISTAKES = {  # a change, and the problem that it makes: its key, and what is sa
     "base.rules=[{match: '*', weights: w4-signed32-asymmetric}]": "base.rules.0.weights: signed",
     "base.rules=[{match: '*'}]": "base.rules.0: the rule changes nothing",
     "base.rules=[{match: '*', keep: float, solver: rtn, weights: w8-channel}]": (
-        "base.rules.0: keep: float excludes solver, weights"
+        "base.rules.0: keep: float cannot be combined with solver, weights"
     ),
     "simulation.adapter_weights=w3-tensor": "simulation.adapter_weights: '",
     "simulation.adapter_weights=w8-block32": "simulation.adapter_weights: '",
@@ -61,7 +61,7 @@ MISTAKES = {  # a change, and the problem that it makes: its key, and what is sa
     "preset=ballanced": "preset: expected 'fast', 'balanced' or 'best', found 'ballanced'; did you mean balanced?",
     "export={targets: [aimet], layout: genie}": "export: layout: genie is for qairt or qnn",
     "base={bits: 3.5, size: 60MB}": "base: bits and size are two ways to say the same",
-    "base={solver: keep, bits: 3.5}": "base: solver keep uses the integers unchanged; remove bits",
+    "base={solver: keep, bits: 3.5}": "base: solver keep does not change the integers; remove bits",
     "base.calibration=[job, nowhere.txt]": "base.calibration.1.text: ",
     "seed": "--set seed: expected KEY=VALUE, for example base.weights=w3-block32",
     "adapters.7.rank=3": "--set adapters.7.rank=3: the recipe has no adapters.7.rank",
@@ -319,15 +319,15 @@ def test_a_string_reads_back_as_a_string_by_1_1_and_by_1_2(text: str) -> None:
         ("a:\n\tb: 1", "line 2: a tab"),
         ("a: b: 1", "line 1: a second colon"),
         ("a:\n  b: 1\n c: 2", "line 3: the indentation"),
-        ("a: *b", "line 1: this is not YAML"),
+        ("a: *b", "line 1: recipes cannot use this YAML"),
         ("a: 1\n---\nb: 1", "a second document"),
-        ("a: 1\nb: \x07", "line 2: this is not YAML"),
+        ("a: 1\nb: \x07", "line 2: recipes cannot use this YAML"),
         ("[" * 5000, "nested too deeply"),
         ("seed: " + "9" * 5000, "5000 digits"),
         ("seed: 0x" + "f" * 5000, "5002 digits"),
         ("seed: !!int many", "does not fit its tag"),
         ("seed: !!timestamp 2024-13-99", "does not fit its tag"),
-        ("seed: !!python/object:os.system x", "line 1: this is not YAML"),
+        ("seed: !!python/object:os.system x", "line 1: recipes cannot use this YAML"),
         ("name: x\n# caf\xe9\n", "recipe.yaml:2: byte 6"),
     ],
 )

@@ -347,7 +347,7 @@ def test_one_of_several_and_their_base_come_back_from_disk(
     again = load_simulation(tmp_path / "second", model)  # on grids that its own values do not give
     assert torch.equal(again.outputs(batch)["logits"], simulation.outputs(batch)["logits"])
     model.set_adapter("first")
-    with pytest.raises(CalibrationError, match="is a simulation of the adapter with fingerprint"):
+    with pytest.raises(CalibrationError, match="was calibrated for the adapter with fingerprint"):
         load_simulation(tmp_path / "second", model)
 
     simulation = calibrated["none"]["base"]  # the adapter that adds zero

@@ -142,7 +142,7 @@ def test_a_policy_of_ones_own(every_kind: ExportedProgram) -> None:
     found = decisions(every_kind, policy=Policy("own", rules))
     quantized = {name for name, (decision, _) in found.items() if decision is Decision.QUANTIZE}
     assert quantized == {"up.linear", "norm.mean"}
-    with pytest.raises(CalibrationError, match="'open' must end with a rule that fits every value"):
+    with pytest.raises(CalibrationError, match="'open' must end with a rule for every value"):
         Policy("open", rules[:1])
     with pytest.raises(CalibrationError, match="'gpu' is not one of npu, matmul-inputs, weights"):
         place(every_kind, Schemes(policy="gpu"))
@@ -221,7 +221,7 @@ def test_a_rule_that_does_nothing_is_refused(match: str, options: Any, message: 
     [
         ({"keep": "float", "bitwidth": 8}, "keep: float contradicts bitwidth; remove one"),
         ({"keep": "float", "force": True}, "keep: float contradicts force"),
-        ({}, "it changes nothing; add keep: float, bitwidth"),
+        ({}, "it has no effect; add keep: float, bitwidth"),
         ({"bitwidth": 17}, "bitwidth 17 is not one of 2 to 16"),
         ({"minimum": 0.5, "maximum": 1.0}, "the range 0.5 to 1.0 must be finite and contain zero"),
         ({"maximum": -1.0}, "the range None to -1.0 must be finite and contain zero"),

@@ -178,14 +178,14 @@ def test_only_what_calibration_left_float_comes_back_without_an_encoding(tmp_pat
 
 def test_another_base_or_adapter_is_refused(tmp_path: Path) -> None:
     calibrated(adapted()).save(tmp_path)
-    message = r"of the base with fingerprint \w{64}, but this model's is \w{64}.* the model it was"
+    message = r"for the base with fingerprint \w{64}, but this model has \w{64}.* original model"
     with pytest.raises(CalibrationError, match=message):
         load_simulation(tmp_path, adapted(scheme="w8-channel"))
     for other in (adapted(seed=2), adapted(lora_alpha=99), adapted(r=2)):
-        with pytest.raises(CalibrationError, match="a simulation of the adapter with fingerprint"):
+        with pytest.raises(CalibrationError, match="for the adapter with fingerprint"):
             load_simulation(tmp_path, other)
     base = packed_model("llama", layers=1)
-    with pytest.raises(CalibrationError, match=r"this model's is \(none\)"):
+    with pytest.raises(CalibrationError, match=r"this model has \(none\)"):
         load_simulation(tmp_path, base)
 
 

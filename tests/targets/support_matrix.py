@@ -95,7 +95,7 @@ def outcome(architecture: str, name: str) -> str:
         weights = {kind.name: Weight(None, kind=kind) for kind in kinds}
         subject = Subject(weights=weights, model=model, tokenizer=tokenizer)
         if problems := refusals(target, subject):
-            why = problems[0].partition(", and this is")[0]
+            why = problems[0].partition(", but this model is")[0]
             return f"no: {re.sub('^[A-Z0-9]+: ', '', why)}"
         try:
             write_base(target.backend, model, folder)

@@ -171,7 +171,7 @@ def test_what_genie_lacks_is_known_before_anything_is_written() -> None:
     config.get_text_config = lambda: config
     model: Any = SimpleNamespace(config=config)
     subject = Subject(model=model, layout="genie", takes_tokens=False, graphs=GRAPHS)
-    said = ["token ids", "tokens, and the tokenizer has no", "yarn", "at most 512"]
+    said = ["token ids", "tokens, but the tokenizer has no", "yarn", "at most 512"]
     said += ["(512 and 1024)", "tokenizer.json"]
     for reason, words in zip(refusals(TARGETS["qnn"], subject), said, strict=True):
         assert words in reason

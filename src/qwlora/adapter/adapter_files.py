@@ -102,7 +102,10 @@ def content_problems(folder: Path) -> Iterator[str]:
         if not is_number or not math.isfinite(alpha):
             yield f"{CONFIG} has {key}: {alpha!r}, which is not a finite number"
         elif alpha == 0:
-            yield f"{CONFIG} has {key}: 0, so it changes nothing; use the alpha of its training"
+            yield (
+                f"{CONFIG} has {key}: 0, so the adapter has no effect; use the alpha that it was "
+                "trained with"
+            )
     names, highest = list[str](), 0
     for name, shape, tensor in weights_of(folder, read=True):
         names.append(name)
@@ -143,8 +146,8 @@ def check_adapter(folder: Path, base_fingerprint: str | None, unknown_base: str 
         raise SourceError(f"{label} is of PEFT type {kind}; only LORA is supported. Train one")
     if not (folder / WEIGHTS).is_file():
         raise SourceError(
-            f"{label} has no {WEIGHTS}; copy it again from where it came, or load it with PEFT and "
-            "save it again. A pickle (adapter_model.bin) is not read, since reading it runs code"
+            f"{label} has no {WEIGHTS}; copy it again, or load the adapter with PEFT and save it "
+            "again. A pickle (adapter_model.bin) is not read, because it can run code"
         )
     check_base(folder, base_fingerprint, unknown_base)
     if base_fingerprint is not None or (folder / FILE).exists():

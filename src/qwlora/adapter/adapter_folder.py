@@ -214,8 +214,8 @@ def _attached(
         if remainders_digest(adapted, adapter_name) != expected:
             problem = "differ from these" if weight else "are needed"
             raise FingerprintError(
-                f"adapter {str(folder)!r} is mergeable, and the float weights that its base was "
-                f"made of {problem}. Pass them as weight=, or set mergeable: true in the recipe"
+                f"adapter {str(folder)!r} is mergeable, and the original float weights of its base "
+                f"{problem}. Pass them as weight=, or set mergeable: true in the recipe"
             )
     return adapted
 

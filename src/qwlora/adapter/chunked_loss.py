@@ -190,7 +190,7 @@ class ChunkedLoss(contextlib.ExitStack):
             raise self._refusal(f"it does not run on token ids alone ({error})") from error
         if not sent or not torch.equal(received.float(), self._p(sent[0]).float()):
             raise self._refusal(
-                "it changes logits after its head in a way that its configuration does not say"
+                "it changes logits after its head, and its configuration does not say how"
             )
 
     def _compare_losses(self, batch: dict[str, Any]) -> None:

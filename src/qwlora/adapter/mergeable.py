@@ -63,8 +63,8 @@ class MergedIntegers(LoraVariant):
         used = [name for name in module.active_adapters if name in module.lora_variant]
         if len(used) > 1:
             raise TrainingError(
-                f"adapters {', '.join(used)} are mergeable: each has integers of its own. Activate "
-                "one"
+                f"adapters {', '.join(used)} are mergeable, so each changes the base's integers. "
+                "Activate only one"
             )
         # PEFT has cast x to the adapter's dtype. A merged model computes in that of the base.
         x = x.to(result.dtype) if x.is_floating_point() else x
@@ -77,7 +77,8 @@ class MergedIntegers(LoraVariant):
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> NoReturn:
         raise MergeError(
-            "merged integers do not hold the base's any more. Load the base and the adapter again"
+            "the merged model no longer has the base's integers. Load the base and the adapter "
+            "again"
         )
 
 

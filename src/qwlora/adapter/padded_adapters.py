@@ -73,9 +73,9 @@ def _wrapped(model: nn.Module, layers: Collection[str]) -> Iterator[None]:
     missing = sorted({*layers} - dict(lora_layers(model)).keys())
     if missing and not isinstance(model, PeftModel):
         raise CaptureError(
-            f"{listed(missing, 3)}: only other adapters change it, so this one is padded with "
-            "zeros there, and it is not a LoRA layer. Attach another adapter that changes it, or "
-            "let PEFT load the adapter (PeftModel.from_pretrained)"
+            f"{listed(missing, 3)}: this adapter does not change it, but others do, and it is not "
+            "a LoRA layer yet. Attach another adapter that changes it, or let PEFT load the "
+            "adapter (PeftModel.from_pretrained)"
         )
     with contextlib.ExitStack() as stack:
         if isinstance(model, PeftModel) and missing:

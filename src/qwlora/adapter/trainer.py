@@ -105,7 +105,7 @@ class AdapterTrainer(Trainer):
         # Backward runs from the top of the model, so the last bad name is where it began.
         if not all(finite):
             bad = [name for (name, _), good in zip(named, finite[1:], strict=True) if not good]
-            where = f"; the first, from the top of the model, is that of {canonical_name(bad[-1])}"
+            where = f"; the first, from the top of the model, is in {canonical_name(bad[-1])}"
             self._stop("a gradient is not finite", where)
         return loss
 

@@ -109,7 +109,8 @@ def inspect_source(source: str, against: str | None = None) -> Inspection:
         reference = _open(fetch(against).path)
         if not files.headers.keys() & reference.headers.keys():
             raise SourceError(
-                f"{source!r} and {against!r} have no tensor name in common. They must be one model"
+                f"{source!r} and {against!r} have no tensor name in common. Give two versions of "
+                "the same model"
             )
         views = [_compared(view, files, reference) for view in views]
     return Inspection(files.kind, source, tuple(views), files.fingerprint)

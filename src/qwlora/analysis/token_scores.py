@@ -153,8 +153,8 @@ def score_tokens(
             if not (total := float(values.sum())) <= LARGEST_LOSS * len(values):
                 raise NonFiniteError(
                     f"{description}: the {measure} on sequence {number + 1} of {len(data)} of the "
-                    f"held-out text is {total}, which gives no perplexity. Check the model's "
-                    "weights, and what was trained or calibrated last"
+                    f"held-out text is {total}, so perplexity is undefined. Check the model's "
+                    "weights, and the last training or calibration"
                 )
         parts[number] = scores
     in_order = [part for _, part in sorted(ChainMap(*gathered(parts)).items())]

@@ -25,9 +25,7 @@ app = typer.Typer(
 
 Folder = Annotated[
     Path,
-    typer.Argument(
-        metavar="DIR", help="A job's directory, a folder of adapters, or one adapter's folder."
-    ),
+    typer.Argument(metavar="DIR", help="A job, a folder of adapters, or one adapter."),
 ]
 
 
@@ -35,7 +33,7 @@ Folder = Annotated[
 def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
     """List each adapter's type, size and base.
 
-    Those of another base than the job's are marked. Exit code 2 if one cannot be read.
+    Marks adapters of another base. Exit code 2 if one cannot be read.
     """
     from qwlora.adapter.adapter_files import adapter_report, find_adapters, job_fingerprint
     from qwlora.errors import QwloraError, SourceError
@@ -72,15 +70,12 @@ def check(
     folder: Folder,
     needs_base: Annotated[
         bool,
-        typer.Option(
-            "--needs-base", help="Also fail (exit code 1) if an adapter does not record its base."
-        ),
+        typer.Option("--needs-base", help="Also fail if an adapter does not record its base."),
     ] = False,
 ) -> None:
     """Check the files of every adapter and its base.
 
-    Every adapter must be present, unmodified, finite, and trained on this base. Exit code 2 if a
-    file was modified after it was saved, 1 for any other problem.
+    Exit code 2 if a file was modified, 1 for any other problem.
     """
     from qwlora.adapter.adapter_files import CONFIG, FILE, find_adapters, job_fingerprint, problems
     from qwlora.formats import manifest
@@ -104,7 +99,7 @@ def check(
         name = str(adapter.relative_to(folder))
         written = store.records[name].files if name in store.records else ()
         if lost := [file for file in sorted(written) if not (adapter / file).is_file()]:
-            reasons.append(f"{', '.join(lost)} is missing, which this job wrote")
+            reasons.append(f"{', '.join(lost)}: written by this job, but missing")
         if reasons:
             code = 2 if manifest.changed_files(adapter, FILE) else max(code, 1)
         good = "good"
@@ -124,7 +119,7 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change one of its settings, such as steps=100 or data.held_out=0.1.",
+        help="Set a key, such as steps=100 or data.held_out=0.1.",
     ),
 ]
 
@@ -133,11 +128,9 @@ Settings = Annotated[
 def add(
     folder: Job,
     name: Annotated[str, typer.Option(help="Its name.")],
-    data: Annotated[
-        str | None, typer.Option(help="Source of its text, as data.source in a recipe.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="Its text, as data.source in a recipe.")] = None,
     like: Annotated[
-        str | None, typer.Option(help="Adapter whose settings it takes. Default: the first.")
+        str | None, typer.Option(help="Adapter to copy settings from. Default: the first.")
     ] = None,
     changes: Settings = None,
 ) -> None:
@@ -154,14 +147,14 @@ def import_(
     source: Annotated[str, typer.Argument(help="A folder of PEFT or mlx-lm, or a hub id.")],
     name: Annotated[str, typer.Option(help="Its name here.")],
     data: Annotated[
-        str | None, typer.Option(help="Source of its text. Default: the recipe's data.source.")
+        str | None, typer.Option(help="Its text. Default: the recipe's data.source.")
     ] = None,
     continues: Annotated[
         bool, typer.Option("--continue", help="Train it on this base. Default: use it as it is.")
     ] = False,
     changes: Settings = None,
 ) -> None:
-    """Add an adapter that was trained elsewhere, by PEFT or mlx-lm."""
+    """Add an adapter that was trained by PEFT or mlx-lm."""
     from qwlora.pipeline.commands.manage_adapters import import_adapter
 
     import_adapter(folder, name, source, data, continues, tuple(changes or ()))
@@ -177,18 +170,18 @@ def _print_added(folder: Path, name: str, what_next: str) -> None:
     fixed = added.get("base", {}).get("calibrate_on")
     base = {"base": {"calibrate_on": fixed}} if fixed else {}
     keys = dump_yaml({**base, "adapters": added["adapters"][-1:]})
-    print(f"\nIf you keep a recipe file of your own, add the same to it:\n\n{keys}", end="")
+    print(f"\nIf you keep your own recipe file, add this to it:\n\n{keys}", end="")
 
 
 @app.command()
 def rebase(
-    folder: Annotated[Path, typer.Argument(help="The old job's directory, which is only read.")],
+    folder: Annotated[Path, typer.Argument(help="The old job, which is only read.")],
     out: Annotated[Path, typer.Option(help="The new job's directory.")],
     steps: Annotated[int, typer.Option(min=0, help="Steps of training on the new base.")] = 30,
     changes: Changes = None,
     as_json: AsJson = False,
 ) -> None:
-    """Give the adapters of a job another base, and show what they lose.
+    """Move the adapters of a job to another base, and show what they lose.
 
     If the text of an adapter is gone, it is trained on text generated by the old model.
     """

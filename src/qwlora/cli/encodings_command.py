@@ -18,9 +18,9 @@ from qwlora.formats.aimet_encodings.documents import printable
 def encodings(
     file: Annotated[Path, typer.Argument(help="An encodings file.")], as_json: AsJson = False
 ) -> None:
-    """List the encodings in an AIMET encodings file, or every problem of an invalid one.
+    """List the encodings in an AIMET encodings file, or its problems.
 
-    Versions 0.6.1, 1.0.0, 2.0.0 and 2.1.0. JSON has the same fields for all of them.
+    Reads versions 0.6.1, 1.0.0, 2.0.0 and 2.1.0.
     """
     content = aimet_encodings.read_encodings(file)
     if as_json:

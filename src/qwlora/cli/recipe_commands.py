@@ -27,7 +27,7 @@ def check(
 ) -> None:
     """Validate a recipe and print what differs from the defaults.
 
-    Also checks that its targets hold the grids of its base; else it names the nearest scheme.
+    Also checks that its targets support its grids.
     """
     from qwlora.data.prepared_data import caution_lines
     from qwlora.pipeline.sources import Sources
@@ -75,9 +75,7 @@ def data(
     recipe: RecipeFile = RECIPE,
     changes: Changes = None,
     sequence: Annotated[int, typer.Option(help="Number of the sequence, from 0.")] = 0,
-    adapter: Annotated[
-        str | None, typer.Option(help="Whose text. Default: the first adapter's.")
-    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="The adapter. Default: the first.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Summarize a recipe's data and show a training sequence."""
@@ -111,12 +109,12 @@ def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = RECIPE,
     full: Annotated[
         bool,
-        typer.Option("--full", help="Write every key; those with a default are commented out."),
+        typer.Option("--full", help="Write every key, defaults commented out."),
     ] = False,
     example: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Write a recipe that runs as it is: first, demo, npu, local, ..."
+            metavar="NAME", help="Write a recipe that is ready to run: first, demo, npu, local, ..."
         ),
     ] = None,
 ) -> None:
@@ -127,7 +125,7 @@ def init(
     if example is not None:
         text = example_path(example).read_text(encoding="utf-8")
     if path.exists():
-        raise DirectoryError(f"{str(path)!r} exists and was not changed. Give another path")
+        raise DirectoryError(f"{str(path)!r} already exists and was not changed. Give another path")
     with foreign_as(DirectoryError, f"{str(path)!r} cannot be written", "give another path"):
         write_text(path, text)
     run = "qwlora run" if path == RECIPE else f"qwlora run {path}"
@@ -141,10 +139,7 @@ def plan(
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate memory, disk and time of the stages that a run would run now.
-
-    Says whether they fit this machine. Reads hardly any weights.
-    """
+    """Estimate memory, disk and time of the next run, and whether it fits this machine."""
     from qwlora.recipe import load_recipe
 
     recipe, job = recipe_and_job(recipe, out)
@@ -179,7 +174,7 @@ def _estimate_lines(estimates: Estimates) -> Iterator[str]:
     yield f"\nmemory  {size(largest.peak)}{of_limit}, in {largest.stage}"
     yield f"disk    {size(estimates.disk)} of {size(estimates.disk_free)} free"
     seconds = estimates.seconds
-    unknown = "not known before; `qwlora run` says it after the first minute of training"
+    unknown = "unknown; `qwlora run` estimates it after the first minute of training"
     yield f"time    {unknown if seconds is None else f'about {duration(seconds)}'}\n"
     yield from (f"Does not fit: {problem}" for problem in estimates.problems)
     if not estimates.problems:

@@ -16,7 +16,7 @@ RecipeFile = Annotated[
 ]
 Out = Annotated[
     Path | None,
-    typer.Option(help="The job's directory, created if it does not exist. Default: out."),
+    typer.Option(help="The job's directory, created if needed. Default: out."),
 ]
 Job = Annotated[Path, typer.Argument(metavar="DIR", help="A job's directory.")]
 Changes = Annotated[
@@ -24,7 +24,7 @@ Changes = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a key of the recipe, such as base.weights=w3-block32. Repeatable.",
+        help="Override a recipe key, such as base.weights=w3-block32. Repeatable.",
     ),
 ]
 Device = Annotated[
@@ -47,14 +47,13 @@ Models = Annotated[
         "--models",
         metavar="MODEL,MODEL,...",
         help="float, base, an adapter's name, simulated/NAME, or exported files such as gguf/NAME "
-        "or gguf/base; simulated or gguf alone means the first. Default: the first adapter; of "
-        "`score`, all whose runtime is installed.",
+        "or gguf/base. Default: the first adapter; for `score`: all that can run here.",
     ),
 ]
 # Flags have their names here, because typer adds an opposite (`--no-json`) to those without one.
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
-Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")]
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 
 

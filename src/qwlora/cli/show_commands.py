@@ -30,17 +30,13 @@ NARROW = "simulation.activation_bitwidth=8"
 def inspect(
     source: Annotated[
         str,
-        typer.Argument(
-            help="A model's folder or .gguf file, package:NAME/PATH, a frozen base, or a job's "
-            "directory."
-        ),
+        typer.Argument(help="A model's folder or .gguf file, package:NAME/PATH, a base, or a job."),
     ],
     against: Annotated[
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="The float model to compare with; adds the SQNR of every tensor. Reads both in "
-            "full.",
+            help="The float model to compare with. Adds the SQNR of every tensor.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -85,7 +81,7 @@ def simulate(
     job: Job,
     explain: Annotated[
         bool,
-        typer.Option("--explain", help="List every value with its grid and the rule that decided."),
+        typer.Option("--explain", help="List every value with its grid and rule."),
     ] = False,
     adapter: Annotated[str | None, typer.Option(help="An adapter. Default: the first.")] = None,
     changes: Changes = None,
@@ -94,8 +90,7 @@ def simulate(
         bool,
         typer.Option(
             "--costs",
-            help="Measure the perplexity that each part of the simulation costs, and list the most "
-            "expensive activations.",
+            help="Measure how much perplexity each part of the simulation costs.",
         ),
     ] = False,
     suggest: Annotated[
@@ -104,17 +99,15 @@ def simulate(
             metavar="SHARE",
             min=0.0,
             max=1.0,
-            help="Find which activations need 16 bits instead of 8 for perplexity to rise by at "
-            "most this share over float activations (0.05: 5 %), on a few held-out sequences.",
+            help="Find which activations need 16 bits instead of 8, so that perplexity rises by at "
+            "most this share (0.05: 5 %).",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which values the simulation quantizes, and why."""
     if explain + costs + (suggest is not None) > 1:
-        raise typer.BadParameter(
-            "--explain, --costs and --suggest exclude each other; give one at a time"
-        )
+        raise typer.BadParameter("give only one of --explain, --costs and --suggest")
     from qwlora.pipeline.commands.open_job import open_job
 
     asked = (*(changes or ()), *([] if suggest is None else [NARROW]))
@@ -155,7 +148,7 @@ def _cost_lines(account: dict[str, Any]) -> Iterator[str]:
 
 def _suggestion_lines(record: dict[str, Any]) -> Iterator[str]:
     wide, searched = len(record["wide"]), len(record["wide"]) + record["narrow"]
-    kept = f"; {record['kept']} more keep the grid that a rule of the recipe gives them"
+    kept = f"; {record['kept']} more keep the grid from a rule of the recipe"
     yield (
         f"adapter {record['adapter']}: {wide} of {searched} activations at 16 bits, the others at 8"
         f"{kept if record['kept'] else ''}"
@@ -182,8 +175,8 @@ def _suggestion_lines(record: dict[str, Any]) -> Iterator[str]:
 def _unshared(record: dict[str, Any]) -> Iterator[str]:
     if "unshared" in record:
         yield (
-            "measured with separate encodings for this adapter; the recipe shares some among "
-            f"adapters (base_activations: {record['unshared']}), which costs more"
+            "measured with separate encodings for this adapter; the recipe shares some of them "
+            f"(base_activations: {record['unshared']}), so its result will be worse"
         )
 
 

@@ -224,8 +224,8 @@ def without_repeated(
     for part, name in ((kept, "training"), (new, "held-out")):
         if not part and any(d.characters for d in train):
             raise SourceError(
-                f"nothing is left of the {name} part: all of it occurs in the other part, too. "
-                "Remove duplicates, add documents, or set data.repeated: keep"
+                f"the {name} part is empty: all of its text also occurs in the other part. Remove "
+                "duplicates, add documents, or set data.repeated: keep"
             )
     shares = _lost(train, kept), _lost(held_out, new)
     return Documents(tuple(kept), new, skipped, len(held_out) - len(new), removed, shares)

@@ -93,8 +93,8 @@ def choose_columns(present: Collection[str], asked: Mapping[str, str], where: st
         first = [next(iter(columns.items())) for columns in complete]
         keys = " or ".join(f"--set data.{field}_column={name}" for field, name in first)
         raise SourceError(
-            f"{where}: has both {kinds}, and only one of them can be trained on. Say which in the "
-            f"recipe, or with {keys}"
+            f"{where}: has both {kinds}, but only one can be trained on. Choose one in the recipe, "
+            f"or with {keys}"
         )
     pair = [next((name for name in names if name in present), "...") for names in _PAIRS]
     given = next((name for name in _INPUTS if name in present and name not in pair), None)
@@ -103,9 +103,8 @@ def choose_columns(present: Collection[str], asked: Mapping[str, str], where: st
         advised = {"instruction": pair[0], "input": given, "output": pair[1]}
     keys = " ".join(f"--set data.{field}_column={name}" for field, name in advised.items())
     raise SourceError(
-        f"{where}: none of its columns ({listed(present, 20)}) has a name that says what it holds, "
-        f"such as text. Name them in the recipe or with --set: {keys}; running text: "
-        "--set data.text_column=..."
+        f"{where}: none of its columns ({listed(present, 20)}) has a known name, such as text. "
+        f"Name them in the recipe or with --set: {keys}; running text: --set data.text_column=..."
     )
 
 

@@ -292,7 +292,7 @@ def check_isolation(model: nn.Module) -> None:
         )
         name = type(getattr(model, "get_base_model", lambda: model)()).__name__
         raise SourceError(
-            f"{name} {how}, so data.packing: documents would condition each document on the one "
+            f"{name} {how}, so with data.packing: documents, each document would see the one "
             "before it. Set data.packing to none (padding) or join (mixed)"
         )
 

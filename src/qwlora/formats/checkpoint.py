@@ -164,8 +164,8 @@ class MappedCheckpoint(Checkpoint):
     def _origins_of(self, name: str) -> list[Origin]:
         if name not in self._origins:
             raise self._error(
-                f"{name!r} is not a parameter of {type(self.model).__name__} (tied parameters "
-                "have the first of their names)"
+                f"{name!r} is not a parameter of {type(self.model).__name__} (use the first name "
+                "of tied parameters)"
             )
         return self._origins[name]
 

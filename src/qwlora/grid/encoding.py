@@ -148,8 +148,8 @@ class Encoding:
         # clamp keeps nan, and the cast below would make it any integer, without a word
         if bool(codes.isnan().any()):
             raise GridError(
-                f"{int(codes.isnan().sum())} of {codes.numel()} values are nan, which has no code; "
-                "look for what computed them"
+                f"{int(codes.isnan().sum())} of {codes.numel()} values are nan, which no code can "
+                "represent; find the step that computed them"
             )
         return codes.to(torch.uint8 if self.scheme.bitwidth <= 8 else torch.int32).view(x.shape)
 
@@ -364,8 +364,7 @@ def encoding_from_range(
         raise CalibrationError("the observed range is not finite (nan or infinity in the data)")
     if not bool(torch.isfinite(high.float() - low.float()).all()):
         raise CalibrationError(
-            "the observed range is wider than float32 can hold; look for values that are masks or "
-            "an overflow"
+            "the observed range is wider than float32 can hold; look for masks or an overflow"
         )
     steps, smallest = scheme.steps, smallest_scale(scheme)
     if scheme.float_offset:

@@ -97,13 +97,13 @@ class Estimates:
             most, less = max(stage.peak for stage in stages), [stage.settings for stage in stages]
             problems.append(
                 f"the {part} in {listed(stage.stage for stage in stages)}: up to {size(most)} are "
-                f"needed, and this machine has {size(limit)}. Less memory: "
+                f"needed, but this machine has {size(limit)}. To use less memory: "
                 + "; ".join(dict.fromkeys(less))
             )
         if self.disk > self.disk_free:
             problems.append(
-                f"the job needs {size(self.disk)} of disk, and {size(self.disk_free)} are free. "
-                "Choose another --out, or free space"
+                f"the job needs {size(self.disk)} of disk, but only {size(self.disk_free)} are "
+                "free. Choose another --out, or free space"
             )
         return problems
 

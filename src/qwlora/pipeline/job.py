@@ -73,11 +73,11 @@ class Judge:
         for name, version in self.versions(stage).items():
             need = stage.needs[name]
             if name not in record.needs:
-                lines.append(f"it was made without {need}")
+                lines.append(f"{need} is new")
             elif record.needs[name] != version and self._stages[need].place in self.store.records:
-                lines.append(f"{need} is another one than it was made from")
+                lines.append(f"{need} has changed")
         more = sorted(record.needs.keys() - stage.needs.keys())
-        return [*lines, *(f"it was made from {name}, which the plan lacks" for name in more)]
+        return [*lines, *(f"{name} is no longer used" for name in more)]
 
     def _reason(self, stage: Stage, differ: list[str], waiting: list[str]) -> str | None:
         store, place = self.store, stage.place
@@ -347,7 +347,7 @@ def check_kept(judge: Judge, waiting: Collection[str], replace: Collection[str])
             f"{str(store.path)!r} has adapters that were trained differently, "
             f"{', '.join(changed)}:\n"
             + "".join(f"  {line}\n" for line in lines)
-            + f"No adapter was changed. To train them again, add {options} to the command (each "
-            "stays in place until the new one is finished). To keep both, give the new one another "
-            "name"
+            + f"No adapter was changed. To train them again, add {options} to the command. The old "
+            "adapters stay until the new ones are finished. To keep both, give the new one "
+            "another name"
         )

@@ -65,7 +65,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         if recipe.workflow == "qwa-lora" and is_packed:
             raise TrainingError(
                 "workflow qwa-lora: data.packing documents packs several documents into a "
-                "sequence, and the graph cannot mask attention between them; use join or none"
+                "sequence, but the graph cannot mask attention between them. Use join or none"
             )
         for adapter in trained if recipe.workflow == "qwa-lora" else ():
             source = recipe.root(adapter).continue_from
@@ -103,7 +103,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
             TARGETS[name].require_packages(to_write=True)
     if context.why_loaded_whole is not None:
         say(
-            "the model is loaded whole, since its weights cannot be read tensor by tensor: "
+            "the whole model is loaded at once, which takes more memory: "
             f"{context.why_loaded_whole}"
         )
     if "quantize" not in verbs:

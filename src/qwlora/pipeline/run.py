@@ -143,7 +143,7 @@ def _recipe_in(out: Path) -> Recipe | None:
 def _check_same_job(before: Recipe, wanted: Recipe, out: Path) -> None:
     if before.name != wanted.name:
         raise DirectoryError(
-            f"{str(out)!r} was made by recipe {before.name!r}, and this one is {wanted.name!r}. "
+            f"{str(out)!r} belongs to recipe {before.name!r}, not {wanted.name!r}. "
             "Choose another --out, or delete the directory"
         )
     names = [adapter.name for adapter in wanted.adapters]
@@ -204,7 +204,7 @@ class _Run:
         names = [stage.name for stage in waiting]
         for stage in asked:
             if not self._waiting([stage]):
-                self.say(f"{stage.name}: skipped, nothing it depends on has changed")
+                self.say(f"{stage.name}: skipped, up to date")
                 # A kill right after the artifact was put in place leaves this folder.
                 rmtree(self.store.work(self.store.records[stage.place].key), ignore_errors=True)
                 continue
@@ -234,7 +234,7 @@ class _Run:
         judge, store = self.judge, self.store
         asked = [stage for stage in judge.plan if stage.verb in verbs]
         if not asked:
-            self.say(f"{' and '.join(verbs)}: nothing to do, no target or setting needs it")
+            self.say(f"{' and '.join(verbs)}: nothing to do for these targets and settings")
         if not set(VERBS) <= set(verbs):
             self.always = {stage.name for stage in asked if stage.verb == "verify"}
         # `qwlora evaluate` also works before the first calibration: it leaves simulations out.
@@ -247,7 +247,7 @@ class _Run:
         # A finished stage does not need a file that is gone, but its path may be mistyped.
         errors = [gone.error for stage in asked for gone in unread(stage.inputs) if gone.error]
         for problem in dict.fromkeys(map(str, errors)):
-            self.say(f"{problem}. What was made from it before stays")
+            self.say(f"{problem}. Earlier results are kept")
         names = [adapter.name for adapter in self.recipe.adapters]
         if unknown := [name for name in replace if name not in names]:
             raise DirectoryError(f"--replace {unknown[0]}: the recipe has {', '.join(names)}")
@@ -258,8 +258,8 @@ class _Run:
             first = waiting[0].name
             raise DirectoryError(
                 f"{str(store.path)!r} is not writable, but {first} must run "
-                f"({judge.stale.get(first, 'as requested')}); make the directory writable, or "
-                "copy it"
+                f"({judge.stale.get(first, 'as requested')}); make the directory writable, or copy "
+                "it"
             )
         for stage in waiting:
             stage.check_read()
@@ -270,7 +270,7 @@ class _Run:
             if record.stage == "train" and place not in planned:
                 name = place.partition("/")[2]
                 self.say(
-                    f"{place} is of no adapter of the recipe. It stays; to delete it: "
+                    f"{place} belongs to no adapter of the recipe. It is kept. To delete it: "
                     f"qwlora adapters remove {store.path} {name}"
                 )
         return asked
@@ -285,7 +285,7 @@ class _Run:
             return False
         if (missing := stage.missing()) is None or record.needs != self.judge.versions(stage):
             return False
-        self.say(f"{stage.name}: not run here ({missing}); the proof that is there stays")
+        self.say(f"{stage.name}: not run here ({missing}); its existing proof is kept")
         return True
 
     def _prepare(self, waiting: list[Stage], has_estimate: bool) -> None:
@@ -309,7 +309,7 @@ class _Run:
             estimates = forecast.estimate(self.recipe, waiting, self.judge)
         # A bug in an estimate is no reason to stop a job.
         except Exception as error:
-            self.say(f"no estimate of memory: {described(error)}")
+            self.say(f"memory cannot be estimated: {described(error)}")
         else:
             self.is_time_known = estimates.seconds is not None
             for line in (estimates.summary, *(f"warning: {p}" for p in estimates.problems)):
@@ -394,8 +394,8 @@ class _Run:
                 later += adapter.steps_on(len(self.context.text(adapter.name).train))
             left = so_far["step_seconds"] * (so_far["steps"] - so_far["step"] + later)
             self.say(
-                f"{name}: step {so_far['step']} of {so_far['steps']}. At this pace, training takes "
-                f"{duration(left)} more"
+                f"{name}: step {so_far['step']} of {so_far['steps']}. Time left at this pace: "
+                f"{duration(left)}"
             )
 
 

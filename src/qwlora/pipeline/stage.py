@@ -69,7 +69,7 @@ class Stage:
 
     def check_read(self) -> None:
         for input_ in unread(self.inputs):
-            raise input_.error or SourceError(f"{self.name}: a file that the recipe names is gone")
+            raise input_.error or SourceError(f"{self.name}: a file named in the recipe is missing")
 
     @property
     def place(self) -> str:

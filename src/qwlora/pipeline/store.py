@@ -224,8 +224,8 @@ class Store:
             more = f" and {len(foreign) - 1} more files" if len(foreign) > 1 else ""
             problem = f"contains {foreign[0]!r}{more}"
         raise DirectoryError(
-            f"{str(target)!r} {problem}, which this job did not make according to its records, but "
-            "would replace. Nothing was changed. Move it out of the job's directory and run again."
+            f"{str(target)!r} {problem}, which this job did not write, but would overwrite. "
+            "Nothing was changed. Move it out of the job's directory and run again."
         )
 
     # Changes; the caller holds the lock

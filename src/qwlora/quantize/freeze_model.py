@@ -69,8 +69,8 @@ def freeze_(
         encodings = {n: grid for n, grid in encodings.items() if inner.get_parameter(n).ndim > 1}
         if others := sorted(encodings.keys() - known):
             warnings.warn(
-                f"{grids}: {len(others)} entries are of parameters that have no packed layer and "
-                f"stay as they are: {listed(others, 10)}",
+                f"{grids}: {len(others)} entries belong to parameters without a packed layer and "
+                f"are ignored: {listed(others, 10)}",
                 QwloraWarning,
                 stacklevel=2,
             )

@@ -58,7 +58,7 @@ def solve_gptq(
     """`gptq` as a registered solver; reports its `damping`."""
     if moment is None:
         raise CalibrationError(
-            "no calibration data reached this layer, or its output changes nothing. Add a rule: "
+            "no calibration data reached this layer, or its output has no effect. Add a rule: "
             "solver: search, or keep: float"
         )
     settings = settings or GptqSettings()

@@ -296,8 +296,8 @@ def model_to_pack(model: nn.Module) -> nn.Module:
     """The model itself, without wrappers, whose weights can be replaced by packed layers."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise GridError(
-            "the model is wrapped in DistributedDataParallel, which keeps track of the float "
-            "weights that would be replaced; quantize first, then wrap"
+            "the model is wrapped in DistributedDataParallel, which refers to the float weights "
+            "that quantization replaces. Quantize first, then wrap"
         )
     model = unwrapped(model)
     refuse_meta(model, GridError)

@@ -226,7 +226,7 @@ class _Stream:
             case "rms_norm":
                 raise _cannot(
                     f"the norm {place_of(node)} is between a layer and the residual stream, and "
-                    "its gain cannot be moved"
+                    "its gain cannot be moved elsewhere"
                 )
             case _:
                 raise _cannot(f"{name} of {place_of(node)} writes to the residual stream")

@@ -31,65 +31,60 @@ def _evaluation(text: str) -> str:
 
 
 class Data(Section):
-    """Training, calibration and evaluation text, and how it becomes sequences: the base's text, and
-    the default of every adapter's."""
+    """Text for training, calibration and evaluation. Adapters inherit these keys."""
 
     source: Annotated[str, AfterValidator(partial(located, check=locate_documents))] | None = None
-    """a .txt, .md, .json, .jsonl, .csv, .tsv, .parquet or .arrow file, a folder of them or one
-    from datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a hub id"""
+    """a .txt, .md, .json, .jsonl, .csv, .tsv, .parquet or .arrow file, a folder of them or of
+    datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a hub id"""
     split: str | None = None
-    """the split of a dataset (default: train), or the files of a folder that are named after it
-    (default: all)"""
+    """split of a dataset (default: train), or the files of a folder named after it (default:
+    all)"""
     subset: str | None = None
-    """configuration of a hub dataset that has several"""
+    """configuration of a hub dataset"""
     text_column: str | None = None
     """column with running text. Default: columns named text, prompt and completion, messages,
     conversations (ShareGPT), or instruction and output (Alpaca)"""
     prompt_column: str | None = None
-    """column with the prompt, not trained on"""
+    """prompt, not trained on"""
     completion_column: str | None = None
-    """column with the completion, trained on"""
+    """completion, trained on"""
     messages_column: str | None = None
-    """column with conversations: lists of {role, content} or ShareGPT's {from, value}; only the
-    assistant's messages are trained on"""
+    """conversations: lists of {role, content} or ShareGPT's {from, value}; only assistant messages
+    are trained on"""
     instruction_column: str | None = None
-    """column with Alpaca's instruction, not trained on"""
+    """Alpaca's instruction, not trained on"""
     input_column: str | None = None
-    """column with what the instruction is about, not trained on; may be empty"""
+    """Alpaca's input, not trained on; may be empty"""
     output_column: str | None = None
-    """column with the answer to the instruction, trained on"""
+    """Alpaca's answer, trained on"""
     empty_records: Literal["error", "skip"] = "error"
-    """what to do with a record that is empty or null"""
+    """what to do with empty or null records"""
     repeated: Literal["remove", "keep"] = "remove"
-    """what to do with content that is in both parts. remove: held-out records whose prompt and
-    answer are trained on leave the held-out part, and held-out paragraphs of running text leave the
-    training part; keep: nothing is removed"""
+    """content in both parts. remove: drop held-out records that are trained on, and training
+    paragraphs that are held out; keep: remove nothing"""
     chat_template: Annotated[str, file("a file with a Jinja template", read_text)] | None = None
-    """file with a Jinja chat template, in place of the tokenizer's"""
+    """file with a Jinja chat template. Default: the tokenizer's"""
     prompt_format: Literal["auto", "plain"] = "auto"
-    """auto: prompts and completions become chat messages, if the tokenizer has a chat template;
-    plain: they are running text"""
+    """auto: prompts and completions become chat messages if there is a chat template; plain:
+    running text"""
     turns: Literal["together", "apart"] = "together"
     """together: a conversation is one document; apart: every assistant message ends a document"""
     packing: Literal["join", "documents", "none"] | None = None
-    """join: concatenate and cut anywhere, the default for running text; documents: pack whole
-    documents into one sequence, attention masked between them, the default otherwise; none: one
-    document per sequence, padded"""
+    """join: concatenate documents and cut anywhere (default for running text); documents: pack
+    whole documents into one sequence, attention masked between them (default otherwise); none: one
+    padded document per sequence"""
     sequence_tokens: Annotated[int, Field(ge=8)] = 512
     """tokens per sequence"""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """share of all characters held out for evaluation, in whole documents"""
+    """share of the text held out for evaluation, in whole documents"""
     evaluation: Annotated[str, AfterValidator(_evaluation)] | None = None
-    """the held-out documents: a source like source, or the name of another split of it. Default:
-    held_out of source"""
+    """source of the held-out documents, or another split of source. Default: held_out of source"""
     most_lost: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """stop if more than this share of the training or the held-out text is removed, cut off or
-    dropped"""
+    """stop if more than this share of either part is removed, cut off or dropped"""
     evaluation_sequences: Count = 16
-    """held-out sequences to measure perplexity on, at most"""
+    """held-out sequences for perplexity"""
     calibration_sequences: Count = 8
-    """training sequences to measure activation ranges on, at most; for weights:
-    base.calibration_sequences"""
+    """training sequences for activation ranges"""
 
     def problems(self) -> Iterator[str]:
         named = self.reading().columns.keys()
@@ -118,10 +113,10 @@ SHAPE = {
 }
 _NOT_IN_GRAPH = {
     "objective recovery": "needs layer outputs, which the graph does not have; use text",
-    "dropout": "is missing in the graph, which is captured in eval mode; set it to 0",
+    "dropout": "is not part of the captured graph (eval mode); set it to 0",
     "gradient_checkpointing True": "needs modules, which the graph replaces; remove it",
     "compute bfloat16": "is too coarse for the activation grids; use float32",
-    "mergeable True": "computes other integers at each step, and the graph has the base's",
+    "mergeable True": "changes the integers at each step, but the graph holds the base's integers",
 }
 Rate = Annotated[float, Field(gt=0, le=1)]  # AdamW changes a weight by about this much per step
 
@@ -146,16 +141,16 @@ class Adapter(Section):
     name: Name
     """name of the adapter and of its folder: letters, digits, _ and -"""
     data: Data | None = None
-    """its own text; keys that are not set here come from the data section"""
+    """the adapter's own text; missing keys come from the data section"""
     continue_from: Annotated[str, AfterValidator(_start)] | None = None
-    """trained adapter to continue: one listed before this one, a folder of PEFT or mlx-lm,
-    package:NAME/PATH or a hub id. Its shape and dropout stay (no dropout in workflow qwa-lora)"""
+    """trained adapter to continue, with its shape and dropout: one listed before this one, a folder
+    of PEFT or mlx-lm, package:NAME/PATH or a hub id"""
     objective: Literal["text", "recovery"] = "text"
-    """text: predict the next token; recovery: match the float model as well, as a start for other
+    """text: predict the next token; recovery: also match the float model, as a start for other
     adapters"""
     unknown_base: Literal["refuse", "accept", "other"] = "refuse"
-    """accept: continue_from may be an adapter without a record of its base, such as one that PEFT
-    saved; other: also one of another base, as in `qwlora adapters rebase`"""
+    """for continue_from. accept: its base may be unknown, as with PEFT; other: its base may
+    differ"""
     rank: Rank = 16
     """inner dimension of lora_B @ lora_A"""
     alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -165,31 +160,31 @@ class Adapter(Section):
     target_modules: str | list[str] = "all-linear"
     """layers that get an adapter: module names, or a regular expression over whole paths"""
     target_parameters: list[str] = []
-    """fused experts that get an adapter, by the end of their names: mlp.experts.down_proj"""
+    "fused experts that get an adapter, by the end of their names: mlp.experts.down_proj"
     rslora: bool = False
     """scale by alpha / sqrt(rank) instead"""
     init: Literal["zero", "svd", "qera"] = "zero"
     """zero: lora_B is zero; svd: correct the error of the weights; qera: correct the error of layer
-    outputs on the adapter's text (best). Both need the float weights. Default: that of preset, but
-    zero with base.solver: keep, and for adapters with dora, mergeable or continue_from"""
+    outputs (best). svd and qera need the float weights. Default: from preset; zero with solver
+    keep, dora, mergeable or continue_from"""
     init_share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """share of the ranks that carry the correction, rounded up; the rest start at zero. Default:
-    0.5; 1 if base.weights has 2 bits"""
+    """share of the ranks that carry the correction; the rest start at zero. Default: 0.5; 1 for 2
+    bits"""
     dora: bool = False
     """DoRA: also train the norm of every output"""
     mergeable: bool = False
-    """train on the integers that merging writes, so that `qwlora merge` loses nothing. Cannot be
-    switched: use it in onnx_each, aimet, or merged, as model.source of another recipe"""
+    """train so that `qwlora merge` is lossless. Cannot be switched at runtime: export with
+    onnx_each or aimet, or use the merged model as model.source"""
     rank_pattern: dict[str, Rank] = {}
-    """other ranks for some layers, by the end of the module path or a regular expression"""
+    """ranks for some layers, by the end of the module path or a regular expression"""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """other alphas for some layers, as in rank_pattern"""
+    """alphas for some layers, as in rank_pattern"""
     layers: list[NotNegative] | None = None
     """numbers of the transformer layers that get an adapter. Default: all"""
     steps: NotNegative = 60
-    """optimizer steps, at most; 0 uses the adapter of continue_from unchanged"""
+    """optimizer steps; 0 uses continue_from unchanged"""
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """passes over the training sequences, in place of steps"""
+    """passes over the training sequences, instead of steps"""
     batch_sequences: Count = 1
     """sequences per forward pass, over all processes"""
     accumulation_steps: Count = 1
@@ -201,27 +196,24 @@ class Adapter(Section):
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     """course of the learning rate"""
     warmup_steps: NotNegative = 5
-    """steps from zero to the peak learning rate; the default is lower if steps is"""
+    """steps from zero to the peak learning rate"""
     clip: Annotated[float, Field(ge=0)] = 1.0
-    """largest norm of the gradient; 0 disables clipping"""
+    """largest gradient norm; 0 disables clipping"""
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the forward and backward pass; auto: bfloat16 if the device has it (never in
-    workflow qwa-lora). Weights and optimizer stay float32"""
+    """training precision. auto: bfloat16 if the device has it, but float32 in workflow qwa-lora"""
     gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: about a quarter of the memory for 15 percent more
-    time"""
+    """recompute activations: about a quarter of the memory, 15 percent more time"""
     evaluation_steps: Count | None = None
-    """steps between evaluations on held-out text; the best adapter is kept. Default: no
-    evaluation"""
+    """steps between evaluations on held-out text; the best adapter is kept. Default: never"""
     patience: Count | None = None
     """stop after this many evaluations without improvement"""
     divergence: Literal["stop", "ignore"] = "stop"
-    """stop: end with an error if the loss stays far above its first value; ignore: keep going,
-    unless the loss is no longer finite"""
+    """if the loss stays far above its first value. stop: end with an error; ignore: keep going
+    unless it is NaN"""
     report_to: list[str] = []
-    """loggers, by their names in transformers: tensorboard, wandb, mlflow"""
+    """loggers of transformers: tensorboard, wandb, mlflow"""
     checkpoint_steps: Count = 10
-    """steps between checkpoints, from which an interrupted run resumes"""
+    """steps between checkpoints for resuming"""
 
     def lora_shape(self) -> LoraShape:
         """The shape that `attach` takes."""
@@ -277,15 +269,13 @@ class Adapter(Section):
         continues = self.continue_from is not None
         shape = sorted(self.model_dump(include=SHAPE, exclude_unset=True, exclude_defaults=True))
         if continues and shape:
-            yield (
-                f"{', '.join(shape)}: with continue_from, these come from that adapter; remove them"
-            )
+            yield f"{', '.join(shape)}: continue_from already sets these. Remove them"
         if self.epochs is not None and self.steps != type(self).model_fields["steps"].default:
             yield f"give either steps ({self.steps}) or epochs ({self.epochs:g}), not both"
         if not continues and self.steps == 0:
             yield (
-                "steps is 0, so nothing would be trained; set steps, or continue_from to use an "
-                "adapter as it is"
+                "steps is 0, so nothing would be trained. Set steps, or use an existing adapter "
+                "with continue_from"
             )
         keys = ("dropout", "dora", "layers")
         named = [key for key in keys if getattr(self, key) not in (0.0, False, None)]
@@ -298,8 +288,8 @@ class Adapter(Section):
         others += ["init"] if self.init != "zero" else []
         if self.mergeable and others:
             yield (
-                f"mergeable cannot be combined with {', '.join(others)}: merged integers have no "
-                "place for it; remove one of them"
+                f"mergeable cannot be combined with {', '.join(others)}: the merged integers "
+                "cannot store it. Remove one of them"
             )
         if self.init != "zero" and (self.dora or continues):
             yield (
@@ -310,4 +300,4 @@ class Adapter(Section):
         if has_steps and self.warmup_steps >= self.steps and self.schedule != "constant":
             yield f"lower warmup_steps ({self.warmup_steps}) below steps ({self.steps})"
         if self.patience is not None and self.evaluation_steps is None:
-            yield "patience counts evaluations, but there are none; set evaluation_steps"
+            yield "patience needs evaluations. Set evaluation_steps"

@@ -111,6 +111,6 @@ def check_outside_data(path: Path, recipe: Recipe) -> None:
         folder = os.path.realpath(os.path.expanduser(data.source or ""))
         if data.source and os.path.isdir(folder) and os.path.commonpath([folder, target]) == folder:
             raise DirectoryError(
-                f"{shown(path)} is inside the data folder {data.source!r}, so its own files "
-                "would be read as data. Choose an --out outside of it."
+                f"{shown(path)} is inside the data folder {data.source!r}, so a run would read its "
+                "own files as data. Choose an --out outside of it."
             )

@@ -111,15 +111,13 @@ def second_rounding(recipe: Recipe) -> str | None:
         problem, remedy = f"holds integers ({', '.join(integers)})", "set base.solver: keep"
     elif _lies_on_grid(recipe):
         problem = "holds weights that were rounded to integers before"
-        remedy = (
-            "set base.solver: keep, and model.source to the GGUF file that it was made from, or "
-        )
+        remedy = "set base.solver: keep, and set model.source to the original GGUF file, or "
         remedy += "model.encodings to their encodings"
     else:
         return None
     return (
-        f"{recipe.model.source} {problem}; base.solver: {solver} rounds them a second time, to "
-        f"another grid. To keep them, {remedy}"
+        f"{recipe.model.source} {problem}; base.solver: {solver} rounds its weights a second time, "
+        f"to another grid. To avoid that, {remedy}"
     )
 
 

@@ -99,8 +99,8 @@ def _change(content: dict[str, Any], change: str) -> str | None:
         node[_place(node, last)] = load_yaml(value)
     except (ValueError, IndexError, TypeError):
         return (
-            f"--set {change}: the recipe has no {path}. Members of a list have numbers from 0, "
-            "adapters also names: adapters.0.rank=8, adapters.NAME.rank=8"
+            f"--set {change}: the recipe has no {path}. Address list entries by number, from 0, "
+            "and adapters also by name: adapters.0.rank=8, adapters.NAME.rank=8"
         )
     except yaml.YAMLError as error:
         return f"--set {change}: the value is not YAML: {error}"

@@ -33,14 +33,13 @@ _USE_CASE = r"^[A-Za-z0-9][A-Za-z0-9_-]*(\+[A-Za-z0-9][A-Za-z0-9_-]*)*$"
 
 
 class Graphs(Section):
-    """Graphs with a key-value cache, for targets qnn, aimet and qairt: one for each pair of tokens
-    and context. All share one copy of the weights, but aimet has a copy in each graph's folder, for
-    AI Hub."""
+    """Graphs with a key-value cache, for qnn, aimet and qairt: one for each pair of tokens and
+    context. They share one copy of the weights, except in aimet."""
 
     tokens: list[int] = [128, 1]
-    """new tokens in one call: many to read prompts, 1 to generate"""
+    """new tokens per call: many to read prompts, 1 to generate"""
     context: list[int] = [1024]
-    """past and new tokens together: what the key-value cache and one call hold"""
+    """past and new tokens together"""
 
     def problems(self) -> Iterator[str]:
         yield from size_problems(self.tokens, self.context)
@@ -50,36 +49,28 @@ class Export(Section):
     """Step 4: the files to write."""
 
     targets: list[TargetName] = ["onnx"]
-    """runtimes to write files for. Default with adapters that cannot be switched (dora, mergeable,
-    target_parameters): onnx_each"""
+    """runtimes to write files for. Default with dora, mergeable or target_parameters: onnx_each"""
     encodings_version: Literal["1.0.0", "2.0.0"] = "1.0.0"
-    """version of the encodings files of targets aimet and qairt"""
+    """version of the encodings files of aimet and qairt"""
     use_cases: list[Annotated[str, Field(pattern=_USE_CASE)]] | None = None
-    """for targets qairt and qnn: what the runtime can switch to: an adapter's name, several joined
-    by a plus sign, or none for the base. Default: each adapter alone, and none"""
+    """for qairt and qnn: what the runtime can switch to: an adapter, several joined by a plus sign,
+    or none for the base. Default: each adapter alone, and none"""
     graphs: Graphs | None = None
     opset: Annotated[int, Field(ge=OPSETS[0], le=OPSETS[-1])] | None = None
-    """for targets aimet and qairt: opset of the ONNX models, 17 to 23 (default). Lower it for tools
-    with an older onnx; below 23, each RMSNorm becomes several operators"""
+    """ONNX opset for aimet and qairt, 17 to 23 (default). Lower it for older tools"""
     embedding_bits: Literal[8, 16, 32] | None = None
-    """bits per value of what stays float. 8, the default of gguf, mlx, genai and web and for these
-    only: embeddings and output heads are rounded to blocks of 8 bits (GGUF's Q8_0; from a GGUF
-    file, gguf copies them), and in gguf and mlx adapters to float16. 16: float16, else bfloat16,
-    where one holds all numbers exactly, else float32; 32: float32. Default of other targets: 16,
-    but 32 for aimet, qairt, qnn and qairt_pipeline, which hold no other. To train on 8 bits, use a
-    rule in base.rules"""
+    """bits of embeddings, output heads and other float values. 8: blocks of 8 bits, and float16 for
+    adapters of gguf and mlx (gguf, mlx, genai and web only, where it is the default); 16: float16
+    or bfloat16 where lossless, else float32; 32: float32 (the only choice for aimet, qairt, qnn and
+    qairt_pipeline). Default of other targets: 16"""
     proof: Literal["generated", "held_out", "none"] = "generated"
-    """text in proof/ of each bundle, on which qwlora verify BUNDLE runs the files again, and in
-    golden/ of aimet and qairt. generated: text from the float model, or from the base if there is
-    none; held_out: text of your data, as token ids; none: no text in proof/, so only the job can
-    verify the bundle. The job itself always verifies on held-out text"""
+    """text for qwlora verify BUNDLE, and for golden/ of aimet and qairt. generated: from the float
+    model or the base; held_out: your data, as token ids; none: no text"""
     canary: Literal["generated", "held_out", "none"] = "generated"
-    """contexts in canary.json of exported weights, which qwlora verify --server sends to a server.
-    generated: from the float model, or from the base if there is none; held_out: beginnings of the
-    first adapter's held-out text; none: no canary.json"""
+    """prompts for qwlora verify --server. generated: from the float model or the base; held_out:
+    from the first adapter's held-out text; none: no canary.json"""
     layout: Literal["genie"] | None = None
-    """for targets qairt and qnn: genie writes graphs and configuration for Qualcomm's Genie.
-    Default: for ONNX Runtime"""
+    """for qairt and qnn. genie: files for Qualcomm's Genie. Default: for ONNX Runtime"""
 
     def problems(self) -> Iterator[str]:
         if self.layout and not any(map(self.layout_of, self.targets)):
@@ -97,13 +88,13 @@ class Export(Section):
 
 
 class Verify(Section):
-    """Step 5: how exported files are tested, and the limits they must meet."""
+    """Step 5: how exported files are tested."""
 
     sequences: Count = 8
-    """held-out sequences to run through every exported file, at most"""
+    """held-out sequences to run through every exported file"""
     perplexity_difference: Annotated[float, Field(gt=0, le=1)] = 0.003
-    """largest allowed relative difference from the simulation's perplexity, on top of what rounding
-    alone explains in 95 % of samples of this size"""
+    """largest relative difference from the simulation's perplexity, beyond what rounding explains
+    in 95 % of samples"""
 
 
 class Recipe(Section):
@@ -112,23 +103,21 @@ class Recipe(Section):
     name: Name = "qwlora"
     """name of the job: letters, digits, _ and -"""
     preset: Literal["fast", "balanced", "best"] = "balanced"
-    """effort for the base and the initialization of adapters; keys that the recipe sets win. fast:
-    base.solver search, init zero; balanced: gptq, init qera; best: the same, with base.calibration
-    [job, model] and 512 steps of base.tuning"""
+    """effort; keys you set win. fast: base.solver search, init zero; balanced: gptq, init qera;
+    best: also base.calibration [job, model] and 512 steps of base.tuning"""
     workflow: Literal["qw-lora", "qwa-lora"] = "qw-lora"
     """qw-lora: calibrate activations after training; qwa-lora: calibrate the base's activations
     first and train through them"""
     reference: Literal["float"] | None = None
-    """float: also train every adapter on the float model, all else equal, so that results say what
-    the integers cost. Takes about as long as training"""
+    """float: also train every adapter on the float model, for comparison. Doubles the training
+    time"""
     evaluate: Literal["own", "all"] = "own"
-    """for adapters with texts of their own. own: measure each on its own text, the float model and
-    the base on all; all: also each on the text of every other, N times N measurements"""
+    """own: measure each adapter on its own text; all: on every adapter's text"""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = "auto"
-    """where models compute: cpu, cuda, xpu, mps, cuda:N or xpu:N. auto: an accelerator if torch can
-    use one, else cpu. Files are written and verified on the CPU"""
+    """cpu, cuda, xpu, mps, cuda:N, xpu:N, or auto: an accelerator if torch can use one. Files are
+    always verified on the CPU"""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    """seed of the data split, the initialization of adapters and the order of training"""
+    """seed of data split, initialization and training order"""
     model: Model
     data: Data = Data()
     base: Base = Base()
@@ -197,14 +186,14 @@ class Recipe(Section):
         folders = [a.name.casefold() for a in self.adapters]
         if twice := [a.name for a in self.adapters if folders.count(a.name.casefold()) > 1]:
             yield (
-                f"adapters {', '.join(twice)}: each name becomes a folder, and some file systems "
-                "ignore case; choose names that differ in more than case"
+                f"adapters {', '.join(twice)}: these names differ only in case, and each becomes a "
+                "folder. Some file systems ignore case, so choose other names"
             )
             return
         if without := [a.name for a in self.adapters if self.data_of(a).source is None]:
             yield (
-                f"data.source: required, but not set, and adapters {', '.join(without)} have no "
-                "adapters[].data.source either"
+                "data.source is missing, and so is adapters[].data.source of "
+                f"{', '.join(without)}. Set one of them"
             )
         if unknown := self._unknown(self.base.calibrate_on):
             yield f"base.calibrate_on: {unknown}"
@@ -212,10 +201,13 @@ class Recipe(Section):
         for i, adapter in enumerate(self.adapters):
             first = self.predecessor(adapter)
             if adapter.continue_from in names[i:]:
-                yield f"adapter {adapter.name} continues {adapter.continue_from}: list it first"
+                yield (
+                    f"adapter {adapter.name} continues {adapter.continue_from}, which is listed "
+                    "later. List it first"
+                )
             elif first is not None and first.mergeable and not adapter.mergeable:
                 yield (
-                    f"adapter {adapter.name} continues {first.name}, which is mergeable: set "
+                    f"adapter {adapter.name} continues {first.name}, which is mergeable. Set "
                     "mergeable: true for both"
                 )
         yield from self._base_problems()
@@ -245,13 +237,16 @@ class Recipe(Section):
         if self.base.rotation is None:
             return
         if self.base.solver == "keep":
-            yield "base.rotation changes float weights, and solver keep has none; remove one"
+            yield (
+                "base.rotation needs float weights, but solver keep uses integers. Remove one of "
+                "them"
+            )
         names = [a.name for a in self.adapters]
         starts = [a.continue_from for a in self.adapters if a.continue_from not in (None, *names)]
         if starts:
             yield (
-                f"continue_from: {', '.join(map(str, starts))} was trained on the model as it is, "
-                "and does not fit a rotated one; remove base.rotation, or train a new adapter"
+                f"continue_from: {', '.join(map(str, starts))} was trained without rotation and "
+                "does not fit a rotated model. Remove base.rotation, or train a new adapter"
             )
 
     def _target_problems(self) -> Iterator[str]:
@@ -289,8 +284,8 @@ class Recipe(Section):
             parts = members(case)
             if len(parts) > 1 and self.export.layout and "qairt" in self.export.targets:
                 yield (
-                    f"export.use_cases: {case}: Genie sets the strength of one adapter; list no "
-                    "use case of several, or remove export.layout"
+                    f"export.use_cases: {case}: Genie can set the strength of one adapter only. "
+                    "Remove this use case, or remove export.layout"
                 )
             if unknown := self._unknown(parts):
                 yield f"export.use_cases: {case}: {unknown}"
@@ -298,7 +293,7 @@ class Recipe(Section):
                 yield f"export.use_cases: {case} names an adapter twice"
         if len(set(cases)) < len(cases) or set(cases) <= {NONE}:
             yield (
-                "export.use_cases must hold an adapter, and every use case once; it holds "
+                "export.use_cases must list at least one adapter, and each use case once. It lists "
                 f"{', '.join(cases) or 'nothing'}"
             )
 
@@ -307,20 +302,20 @@ class Recipe(Section):
         experts = {frozenset(a.target_parameters) for a in self.adapters if a.target_parameters}
         if len(experts) > 1:
             yield (
-                f"{asked}: PEFT loads several adapters only if their target_parameters are equal; "
-                "make them equal, or use base_activations: all"
+                f"{asked}: PEFT can load several adapters only if all have the same "
+                "target_parameters. Make them equal, or use base_activations: all"
             )
         # What an adapter that continues one in files has is known only when these are read.
         dora = {a.dora for a in self.adapters if a.continue_from is None}
         if mergeable := [a.name for a in self.adapters if a.mergeable]:
             yield (
-                f"{asked}: mergeable adapters ({', '.join(mergeable)}) have integers of their own "
-                "and share nothing; use base_activations: all"
+                f"{asked}: mergeable adapters ({', '.join(mergeable)}) change the base's integers, "
+                "so they cannot share encodings. Use base_activations: all"
             )
         if self.simulation.base_activations == "none" and len(dora) > 1:
             yield (
-                f"{asked}: adapters that share all encodings must all have dora, or none of them; "
-                "use equal values, or base_activations: adapter_only"
+                f"{asked}: adapters that share all encodings need the same value of dora. Make "
+                "them equal, or use base_activations: adapter_only"
             )
 
     def _workflow_problems(self) -> Iterator[str]:
@@ -334,8 +329,8 @@ class Recipe(Section):
             )
         if self.simulation.base_activations != "all":
             yield (
-                "workflow qwa-lora: simulation.base_activations has no effect, since the base's "
-                "activations are calibrated before training, for all adapters; remove it"
+                "simulation.base_activations has no effect in workflow qwa-lora, which calibrates "
+                "the base's activations before training. Remove it"
             )
 
     @property

@@ -59,7 +59,10 @@ _PROBLEMS = {  # parts of PyYAML's messages, and what is wrong; the first that f
     "quoted scalar": "the quote opened in line {start} is not closed",
     "<block end>": "the indentation is not that of the lines before",
     "single document": "a second document (---); keep one",
-    "": "this is not YAML that a recipe needs; quote values with any of * & ! % @ ` or controls",
+    "": (
+        "recipes cannot use this YAML feature; quote values that contain * & ! % @ ` or control "
+        "characters"
+    ),
 }
 
 

@@ -276,9 +276,9 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
     ):
         if digest != saved:
             raise CalibrationError(
-                f"{str(folder)!r} is a simulation of the {part} with fingerprint "
-                f"{saved or '(none)'}, but this model's is {digest or '(none)'}. "
-                "Give it the model it was made from, or calibrate again"
+                f"{str(folder)!r} was calibrated for the {part} with fingerprint "
+                f"{saved or '(none)'}, but this model has {digest or '(none)'}. Use the original "
+                "model, or calibrate again"
             )
     inputs = read_inputs(folder, record, device_of(model))
     with foreign_as(CalibrationError, f"{str(folder)!r} does not fit the model", "calibrate again"):

@@ -85,8 +85,8 @@ class Policy:
         last = self.rules[-1] if self.rules else None
         if last is None or last.decision is None or not last.fits("", "", "", frozenset()):
             raise CalibrationError(
-                f"policy {self.name!r} must end with a rule that fits every value; add a rule "
-                "without conditions"
+                f"policy {self.name!r} must end with a rule for every value; add a rule without "
+                "conditions"
             )
 
 
@@ -140,7 +140,7 @@ class PlacementRule:
             problem = f"keep: float contradicts {', '.join(given or ['force'])}; remove one of them"
         elif self.keep is None and not given and not self.force:
             problem = (
-                "it changes nothing; add keep: float, bitwidth, symmetric, a range or an observer"
+                "it has no effect; add keep: float, bitwidth, symmetric, a range or an observer"
             )
         elif self.bitwidth is not None and self.bitwidth not in BITWIDTHS:
             problem = f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}"

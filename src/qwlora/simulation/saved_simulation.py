@@ -77,8 +77,8 @@ class SimulationSource:
     ) -> SimulationSource:
         if is_mergeable(model, active := active_adapters(model)):
             raise CaptureError(
-                f"adapter {', '.join(active)} was trained as merged integers, and a simulation has "
-                "a branch for it. Merge it first: qwlora.merged_model(model)"
+                f"adapter {', '.join(active)} is mergeable and cannot be simulated as a separate "
+                "branch. Merge it first: qwlora.merged_model(model)"
             )
         base, adapter = base_fingerprint or fingerprint(model), adapter_fingerprint(model)
         adapters = () if adapter is None else tuple(active)

@@ -231,7 +231,7 @@ def _settings(target: Target, subject: Subject) -> Iterator[str]:
     if target.has_cases and subject.trains_graph:
         yield (
             "workflow qwa-lora: use cases are calibrated after training, which would replace the "
-            "grids that the adapters were trained through; use workflow qw-lora"
+            "grids used in training. Use workflow qw-lora"
         )
     if subject.simulation is None:
         return
@@ -242,7 +242,7 @@ def _settings(target: Target, subject: Subject) -> Iterator[str]:
     widths = target.activation_bitwidths
     wrong = [f"simulation.{key} {b}" for key, b in bits.items() if b not in (None, *widths)]
     if target.is_simulated and wrong:
-        yield f"{', '.join(wrong)}: activations have {' or '.join(map(str, widths))} bits"
+        yield f"{', '.join(wrong)}: activations must have {' or '.join(map(str, widths))} bits"
     if target.simulation:
         is_float = has_floats and not target.compilers
         yield from _float_graphs(keys) if is_float else _graphs(target, keys)
@@ -251,7 +251,9 @@ def _settings(target: Target, subject: Subject) -> Iterator[str]:
 def _float_graphs(keys: Mapping[str, Any]) -> Iterator[str]:
     # Weights alone are on grids, so settings of any other grid would silently do nothing.
     if keys["key_value_bitwidth"] is not None:
-        yield "remove simulation.key_value_bitwidth: policy weights-only leaves them float"
+        yield (
+            "remove simulation.key_value_bitwidth: policy weights-only keeps keys and values float"
+        )
     for number, rule in enumerate(keys["rules"]):
         if rule["of"] != "weights" and rule["keep"] is None:
             yield f"set simulation.rules.{number}.of: weights, or simulation.policy: npu"
@@ -286,16 +288,16 @@ def _adapters(target: Target, subject: Subject) -> Iterator[str]:
             yield f"{what} changes {listed(adapter.places)}, {_ONLY}. {remedy}, {_EACH}"
         if target.holds_factors_only and adapter.is_mergeable:
             yield (
-                f"{what} is mergeable: it has integers of its own, which its factors and those of "
-                "the base do not compute. Merge it (`qwlora merge`, qwlora.merged_model) and "
-                f"export the merged base, {_EACH}"
+                f"{what} is mergeable: it changes the base's integers, which separate adapter "
+                "files cannot do. Merge it (`qwlora merge`, qwlora.merged_model) and export the "
+                f"merged base, {_EACH}"
             )
     tokens = {a.name: a.sequence_tokens for a in subject.adapters if a.sequence_tokens is not None}
     if target.has_cases and len(set(tokens.values())) > 1:
         lengths = listed(f"{name} {count}" for name, count in tokens.items())
         yield (
-            f"adapters[].data.sequence_tokens: {lengths}, but one graph of a fixed length is for "
-            "all adapters; use equal values"
+            f"adapters[].data.sequence_tokens: {lengths}, but all adapters share one graph of a "
+            "fixed length. Use equal values"
         )
 
 
@@ -314,22 +316,22 @@ def _layout(target: Target, subject: Subject) -> Iterator[str]:
         yield "layout genie is for causal language models that take token ids; leave it out"
     config = model.config.get_text_config()
     if not genie_tokens(config, subject.tokenizer):
-        yield "Genie begins and ends texts with tokens, and the tokenizer has no bos, eos or pad"
+        yield "Genie needs begin and end tokens, but the tokenizer has no bos, eos or pad"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in ("default", "llama3"):
         yield f"Genie has no key for positions of rope_type {rope}; remove export.layout"
     window = getattr(config, "sliding_window", None) or math.inf
     if any(context > window for _, context in subject.graphs):
         yield (
-            f"the model attends to the last {window} tokens, and Genie to the whole context; set "
+            f"the model attends to the last {window} tokens, but Genie to the whole context; set "
             f"export.graphs.context to at most {window}"
         )
     # Tried in libGenie of QNN 2.51: cached and new keys then have one shape, and it takes one for
     # the other (docs/log/runtimes.md).
     if wrong := [f"{new} and {context}" for new, context in subject.graphs if context == 2 * new]:
         yield (
-            f"Genie computes other tokens if a context is twice the new tokens ({listed(wrong)}); "
-            "set another one in export.graphs"
+            "Genie computes different tokens if the context is twice the new tokens "
+            f"({listed(wrong)}); set another one in export.graphs"
         )
     if getattr(subject.tokenizer, "backend_tokenizer", None) is None:
         yield "Genie needs a tokenizer.json. Add a fast tokenizer (tokenizer= in Python)"

@@ -119,7 +119,7 @@ def test_a_value_no_export_writes_is_refused(
     (tmp_path / name).write_text(json.dumps(content))
     check(tmp_path, place)
     (tmp_path / name).write_text(json.dumps(put(content, path, value)))
-    with pytest.raises(SourceError, match=rf"{name}.*nothing in it was run"):
+    with pytest.raises(SourceError, match=rf"{name}.*Nothing in it was run"):
         check(tmp_path, place)
 
 

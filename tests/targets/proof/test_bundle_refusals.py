@@ -219,8 +219,8 @@ OWN_LIMIT = r"limits\.perplexity_difference"
         ({"text": None}, "text None, not generated"),
         ({"text": "none", "notes": []}, "no digests of itself"),  # but it has a reference
         ({"of": None}, " of"),
-        ({"of": {}}, "is not the one that the proof"),
-        ({"of": {"base": "0", "adapter": "0"}}, "base.* is not the one that the proof"),
+        ({"of": {}}, "differs from the one proven"),
+        ({"of": {"base": "0", "adapter": "0"}}, "base.* differs from the one proven"),
     ],
 )
 def test_other_proofs_are_refused(change: dict[str, Any], message: str, bundle: Path) -> None:

@@ -151,8 +151,8 @@ class GgufCheckpoint(MappedCheckpoint):
         order = find_reordering(origin, shapes, 1, self._what(origin))
         if len(origin.sources) > 1 or order.transposed or order.columns is not None:
             raise ExportError(
-                f"{name!r} is stored in {listed(list(origin.sources))} in another form than its "
-                "rows, so nothing can be put in its place"
+                f"{name!r} is stored in {listed(list(origin.sources))} in another layout than its "
+                "rows, so it cannot be replaced"
             )
         return origin.sources[0], order.rows.flatten()
 

@@ -112,8 +112,8 @@ def rename_adapter(folder: Path, old: str, new: str) -> None:
         changed = _parsed(folder, content)
         if os.path.lexists(folder / "adapters" / new):
             raise DirectoryError(
-                f"{str(folder / 'adapters' / new)!r} exists, but is of no adapter of the recipe; "
-                "choose another name, or move it away"
+                f"{str(folder / 'adapters' / new)!r} exists, but belongs to no adapter of the "
+                "recipe. Choose another name, or move it away"
             )
         plan, moves = _plan(store, changed), dict[str, str]()
         for before, after in zip(_plan(store, recipe), plan, strict=True):
@@ -147,19 +147,19 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
         adapter_named(recipe, name, folder)
         if len(recipe.adapters) == 1:
             raise DirectoryError(
-                f"{name!r} is the only adapter of {str(folder)!r}, and a recipe needs one; delete "
+                f"{name!r} is the only adapter of {str(folder)!r}, and a recipe needs one. Delete "
                 "the directory, or add another adapter first"
             )
         if continued := [a.name for a in recipe.adapters if a.continue_from == name]:
             raise DirectoryError(
-                f"adapter {name!r} is continued by {', '.join(continued)}; remove these first"
+                f"adapter {name!r} is continued by {', '.join(continued)}. Remove these first"
             )
         if name in recipe.base.calibrate_on or (
             recipe.data.source is None and name in recipe.texts() and not recipe.base.calibrate_on
         ):
             raise DirectoryError(
-                f"the base was calibrated on the text of adapter {name!r}, so without it the base "
-                "would change; keep the adapter in the recipe"
+                f"the base was calibrated on the text of adapter {name!r}, so removing it would "
+                "change the base. Keep the adapter in the recipe"
             )
         content = recipe.model_dump(mode="json", exclude_unset=True)
         content["adapters"] = [a for a in content["adapters"] if a["name"] != name]

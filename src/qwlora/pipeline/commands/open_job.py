@@ -100,7 +100,7 @@ class JobModels(OpenJob):
             kind, _, adapter = name.partition("/")
             if name not in known and (not adapter or kind not in KINDS[2:]):
                 similar = suggestion(name, list(known))
-                raise DirectoryError(f"there is no model or adapter {name!r}{similar}")
+                raise DirectoryError(f"no model or adapter is called {name!r}{similar}")
             models.append(known.get(name) or ModelName(kind, adapter))
         if not models:
             raise DirectoryError("name a model, for example: base,first")
@@ -121,7 +121,7 @@ class JobModels(OpenJob):
         if name.kind in TARGETS and name.kind not in targets:
             problem = f"is not exported to {name.kind}"
         elif name.kind == "simulated" and not self.recipe.is_simulated:
-            problem = "has no simulations, since no target holds activations"
+            problem = "has no simulations, because no target quantizes activations"
             wanted = [known for known, target in TARGETS.items() if target.is_simulated]
         if problem:
             raise DirectoryError(
@@ -163,7 +163,7 @@ class JobModels(OpenJob):
         """
         if name.kind not in ("base", "adapted"):
             if runtime not in (None, "torch"):
-                raise DirectoryError(f"--runtime {runtime}: only the base and adapters have files")
+                raise DirectoryError(f"--runtime {runtime} works only for the base and adapters")
             return name
         if runtime not in (None, "torch"):
             if (target := target_of(str(runtime))) is None:

@@ -165,7 +165,9 @@ def _exports(
     for target in job.targets:
         known = TARGETS[target]
         if known.has_cases:
-            notes.append(f"export/{target} is left out: it holds the base and all adapters")
+            notes.append(
+                f"export/{target} is left out, because it contains the base and all adapters"
+            )
             continue
         if adapter is None and not known.has_base:
             continue
@@ -180,7 +182,7 @@ def _exports(
         # Any adapter's check also runs the base.
         elif all(check in stale for check in checks):
             notes.append(
-                f"{stage} is left out: it has not passed its check ({checks[0]}: "
+                f"{stage} is left out, because its check has not passed ({checks[0]}: "
                 f"{stale[checks[0]]}). Run first: {command_line('run', store.path)}"
             )
         else:

@@ -99,7 +99,8 @@ def rebase(
     known = strict_json.read_object(new / FILE) if (new / FILE).exists() else {}
     if known and known["recipe"] != settings:
         raise DirectoryError(
-            f"{str(new)!r} has another base, text or adapters; give another directory, or delete it"
+            f"{str(new)!r} already exists with another base, text or adapters. Give another "
+            "directory, or delete it"
         )
     if not known:
         run(recipe, new, _STAGES)
@@ -122,7 +123,7 @@ def verdict(row: dict[str, float]) -> str:
     change = row["rebased"] / row["old_adapter"] - 1
     lost = row["as_it_is"] / row["old_adapter"] - 1
     if change <= KEPT:
-        return "kept" if lost > KEPT else "kept; it needed no training"
+        return "kept" if lost > KEPT else "kept without training"
     return f"{change:.1%} worse; train more steps" if change < lost else f"{change:.1%} worse"
 
 

@@ -79,8 +79,8 @@ def suggest_bitwidths(job: JobModels, name: str, share: float) -> dict[str, Any]
     if context.recipe.workflow == "qwa-lora":
         raise CalibrationError(
             f"adapter {name!r} was trained through quantized activations (workflow qwa-lora), so "
-            "other grids need another training, which --suggest does not do. Find the rules with "
-            "workflow qw-lora, add them to the recipe, and train again"
+            "it must be trained again for other grids. Find the rules with workflow qw-lora, add "
+            "them to the recipe, and train again"
         )
     simulation = _calibrated(context, name)
     searched, others = context.text(name).evaluation.spread(SEARCHED_SEQUENCES)

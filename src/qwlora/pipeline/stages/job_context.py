@@ -169,7 +169,7 @@ class JobContext:
 
     def text(self, adapter: str | None) -> PreparedText:
         data = self.recipe.base_text() if adapter is None else self.recipe.data_of(adapter)
-        assert data is not None, "adapters have different texts, and the base has none of its own"
+        assert data is not None, "adapters have different texts, and the base has no text"
         return self.prepared(data)
 
     def all_texts(self) -> dict[str, PreparedText]:

@@ -485,7 +485,7 @@ def _answers(context: JobContext, model: Any, text: PreparedText) -> list[dict[s
             answers.append({"prompt": prompt, "answer": answer.text})
     # A model's own code may fail; no figure depends on the answers.
     except Exception as error:
-        message = f"the model's answers are left out of the report: {type(error).__name__}: {error}"
+        message = f"the report shows no answers of the model: {type(error).__name__}: {error}"
         warnings.warn(message, QwloraWarning, stacklevel=2)
     return answers
 

@@ -144,8 +144,8 @@ def _merge_equal_(graph: Graph, names: set[str]) -> None:
 
 def _no_float(node: Node, problem: str) -> CaptureError:
     return CaptureError(
-        f"{place_of(node)} ({operator_of(node)}) {problem}, and an accelerator takes floats. "
-        "Export the model without graphs for an NPU"
+        f"{place_of(node)} ({operator_of(node)}) {problem}, but an accelerator takes floats. "
+        "Export without NPU graphs"
     )
 
 

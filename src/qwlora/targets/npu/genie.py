@@ -142,9 +142,8 @@ def common_scaling(scalings: Mapping[str, float]) -> float | None:
     if len(different) > 1:
         values = listed([f"{name} {scaling:g}" for name, scaling in scalings.items()])
         raise ExportError(
-            f"adapters have different alpha / rank ({values}), and Genie has one lora_alpha for "
-            "all, which is 1 for an adapter as it was trained. Train them with one, or export "
-            "without layout: genie"
+            f"adapters have different alpha / rank ({values}), but Genie has one lora_alpha for "
+            "all. Train them with equal values, or export without layout: genie"
         )
     return next(iter(different), None)
 
@@ -272,7 +271,7 @@ def genie_layout(npu: NpuGraph, scaling: float | None) -> NpuGraph:
         parts = {"also takes": taken - needed, "does not take": needed - taken}
         problem = " and ".join(f"{verb} {listed(sorted(n))}" for verb, n in parts.items() if n)
         raise CaptureError(
-            f"Genie gives every model {listed(sorted(needed))}, and this graph {problem}. "
+            f"Genie passes {listed(sorted(needed))} to every model, but this graph {problem}. "
             "Export without layout: genie"
         )
     marks = {mark.node: mark for mark in device.marks}

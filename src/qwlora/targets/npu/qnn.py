@@ -245,8 +245,8 @@ def _refuse_different_encodings(simulations: Mapping[str, Simulation]) -> None:
         if differing:
             raise ExportError(
                 f"adapters {first} and {name} have {len(differing)} different encodings, "
-                f"{differing[0]} first, and one graph serves all adapters. "
-                "Simulate them together with base_activations: none"
+                f"{differing[0]} first, but all adapters share one graph. Simulate them together "
+                "with base_activations: none"
             )
 
 

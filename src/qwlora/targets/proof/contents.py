@@ -68,7 +68,7 @@ CODE_KEYS = frozenset(
         "model_file",
     }
 )
-_AGAIN = "Export again, or get a new copy from whoever exported it; nothing in it was run"
+_AGAIN = "Export again, or get a new copy. Nothing in it was run"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,8 @@ def check_contents(contents: Contents, folder: Path, files: Sequence[str], is_ba
     paths = {file: PurePosixPath("/", file) for file in files}
     if unknown := [f for f in files if not any(paths[f].match(f"/{p}") for p in patterns)]:
         raise SourceError(
-            f"{str(folder)!r} holds {listed(unknown)}, which no export writes there. "
-            f"Remove what you added. {_AGAIN}"
+            f"{str(folder)!r} holds {listed(unknown)}, which are not exported files. Remove them "
+            f"if you added them. {_AGAIN}"
         )
     for file in files:
         path = folder / file

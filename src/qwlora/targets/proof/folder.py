@@ -263,8 +263,8 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
         _check_sealed(folder, RECORD, files, "export it again")
         if record_digest(folder) != record["of"].get(part):
             raise FingerprintError(
-                f"{str(folder)!r} is not the one that the proof in {PROOF}/{name} is of; copy the "
-                "whole bundle again, or verify the job again"
+                f"{str(folder)!r} differs from the one proven in {PROOF}/{name}. Copy the whole "
+                "bundle again, or verify the job again"
             )
 
 

@@ -81,7 +81,7 @@ from qwlora.targets.target import PROOF, Runtime, Target
 SWITCHES = 3  # measured; the fastest counts
 LAYER_TOKENS = 128
 DECODE_AGREEMENT = 0.9  # one of 16 may be as likely as another, up to rounding
-SAME = "the base alone would pass as this adapter: its effect is below what is compared here"
+SAME = "this check cannot tell the adapter from the base: its effect is too small to measure here"
 OFF = "after the adapter is switched off, logits have the bits of before"
 # Figures that results.json has of shipped settings, and those that only its key `proof` has.
 _SHIPPED = ("perplexity", "top1_agreement", "kl_divergence", "max_log_prob_difference")

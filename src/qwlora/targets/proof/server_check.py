@@ -196,7 +196,7 @@ def _sentence(row: Mapping[str, Any]) -> str:
     elif verdict == ANOTHER:
         said = f"answers as {is_}" + ("; the adapter is not active" if name == BASE else "")
     elif verdict == OTHER_NUMBERS:
-        said = "answers as no model of this job: other integers, another adapter or another alpha"
+        said = "matches no model of this job: the integers, the adapter or alpha differ"
     else:
         said = f"{verdict}: {row['reason']}"
     if off is not None:

@@ -181,8 +181,8 @@ def _hold_codes_(module: GraphModule, model: nn.Module) -> None:
                     _replace_(module, user, _product, x, *numbers, bits, *bias)
                 case name, _:
                     raise ExportError(
-                        f"{path}: {name} reads it, and XNNPACK has linear layers only. Keep it "
-                        "float, or export to other targets"
+                        f"{path}: {name} reads it, but XNNPACK supports only linear layers. Keep "
+                        "it float, or export to other targets"
                     )
 
 

@@ -94,8 +94,8 @@ def check_config(config: Any) -> None:
     model_type = config.model_type
     if (kind := ARCHITECTURES.get(model_type)) is None:
         raise ExportError(
-            f"GGUF files are written for the model types {listed(ARCHITECTURES, 9)}, and this is "
-            f"{model_type}; give a GGUF file of the model as source"
+            f"GGUF export supports {listed(ARCHITECTURES, 9)}, but this model is {model_type}. Use "
+            "a GGUF file of the model as model.source"
         )
     layers = config.num_hidden_layers
     fixed, problems = {**_FIXED.get(kind, _OTHERS)}, []
@@ -258,8 +258,8 @@ def check_tokenizer(tokenizer: Any) -> tuple[str, str]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ExportError(
-            "the model has no tokenizer.json, which GGUF files are made from. Add one to the "
-            "model's folder, or use a GGUF file as the source (tokenizer or gguf_file in Python)"
+            "the model has no tokenizer.json, which GGUF export needs. Add one to the model's "
+            "folder, or use a GGUF file as the source (tokenizer or gguf_file in Python)"
         )
     content = json.loads(backend.to_str())
     model, normalizer, splitting = content["model"], backend.normalizer, backend.pre_tokenizer
@@ -282,7 +282,7 @@ def check_tokenizer(tokenizer: Any) -> tuple[str, str]:
             is_smaug = name == "llama-bpe" and not model.get("ignore_merges")
             return "gpt2", "smaug-bpe" if is_smaug else name
     raise ExportError(
-        f"the model's tokenizer splits text as none of {', '.join(_SPLITS)} of llama.cpp does: "
+        f"llama.cpp does not know how this tokenizer splits text (it knows {', '.join(_SPLITS)}): "
         f"{content['pre_tokenizer']}. Give a GGUF file as the model's source, or use another target"
     )
 

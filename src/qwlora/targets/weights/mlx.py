@@ -145,7 +145,7 @@ def _difference(model: PreTrainedModel) -> str | None:
     buffers = [(name.rpartition(".")[2], buffer) for name, buffer in model.named_buffers()]
     rotated = {2 * buffer.numel() for name, buffer in buffers if name == "inv_freq"}
     if rotated and widths - rotated:
-        return f"mlx-lm rotates {max(widths)} values of a head in {kind}, and not {max(rotated)}"
+        return f"mlx-lm rotates {max(widths)} values of a head in {kind}, not {max(rotated)}"
     tensors = float_tensors(model) | {n: m.weight for n, m in layers_to_write(model).items()}
     linear = {f"{p}.weight" for p, m in model.named_modules() if layer_kind(m) is LayerKind.LINEAR}
     # Linear layers have integers, which mlx-lm must rename at most: not compute with.
@@ -158,7 +158,7 @@ def _difference(model: PreTrainedModel) -> str | None:
     parameters = dict(tree_flatten(mlx_model.parameters()))
     theirs = {name: (array.shape, name in linear) for name, array in parameters.items()}
     if names := sorted({name for name, _ in ours.items() ^ theirs.items()}):
-        return f"mlx-lm has other weights, or names of them, in {kind}: {listed(names, 3)}"
+        return f"mlx-lm expects other weights or names in {kind}: {listed(names, 3)}"
     if not any(isinstance(cache, RotatingKVCache) for cache in make_prompt_cache(mlx_model)):
         warn_of_window(model.config, "mlx-lm", "Keep prompt and answer within {} tokens")
     return None

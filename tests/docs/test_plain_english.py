@@ -34,6 +34,8 @@ PATTERNS = {
 def sentences(text: str) -> Iterator[str]:
     """The sentences of Markdown or a docstring, without code, tables and links' addresses."""
     text = re.sub(r"^( *)```.*?^\1```", "", text, flags=re.DOTALL | re.MULTILINE)
+    # Definitions in columns are no sentences.
+    text = re.sub(r"^ .*\S {3,}\S.*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"<!--.*?-->|\$\$.*?\$\$", "", text, flags=re.DOTALL)
     text = re.sub(r"`[^`\n]*`", "x", re.sub(r"\]\([^)]*\)", "]", text))
     for paragraph in re.split(r"\n\s*\n|\n(?=\s*(?:[-*#>|]|\d+\.) ?)|\n(?=\s*\w+: )|\|", text):

@@ -14,8 +14,8 @@ An adapter is merged in one of two ways:
     requantized   W_hat + dW rounded onto the base's grid: as small as the base, but an entry of the
                   delta below half a step is lost, and a larger one is rounded to whole steps
 
-`W_hat` are the dequantized weights of the base, never the original float weights. Of a mergeable
-adapter (`mergeable.py`), both ways compute what was trained.
+`W_hat` are the dequantized weights of the base, never the original float weights. Both ways compute
+what was trained if the adapter is mergeable (`mergeable.py`).
 """
 
 from __future__ import annotations
@@ -98,9 +98,10 @@ def rounding_losses(model: nn.Module) -> dict[str, dict[str, float]]:
 def merge_effect(
     layers: Mapping[str, dict[str, float]], base: float, adapted: float, merged: float
 ) -> dict[str, Any]:
-    """Effect of merging an adapter into the base's integers, for `qwlora merge --json`: the
-    `share` of the delta's entries below half a step, and the share of the improvement in perplexity
-    that is `kept` (may be negative; None if there was none).
+    """Effect of merging an adapter into the base's integers, for `qwlora merge --json`.
+
+    `share`: of the delta's entries, how many are below half a step. `kept`: share of the
+    improvement in perplexity; may be negative, and is None if there was none.
 
     Args:
         layers: rounding loss by canonical layer path; empty for a mergeable adapter.

@@ -148,9 +148,8 @@ def load_adapter(
         weight: of a mergeable adapter that was trained with float weights, these; see `mergeable_`.
 
     Raises:
-        SourceError: the folder has no adapter, or the adapter does not record its base, is damaged,
-            has a setting that is not supported, or does not fit the model, or the model has an
-            adapter of this name.
+        SourceError: the folder has no adapter. Or the adapter does not record its base, is damaged,
+            has an unsupported setting, or does not fit the model. Or its name is taken.
         FingerprintError: it was trained on another base, or a file changed after it was saved.
 
     Warns:

@@ -3,8 +3,8 @@
     y = base_layer(x) + scaling * lora_B(lora_A(x))
     scaling = alpha / rank, or alpha / sqrt(rank) for rsLoRA
 
-The adapter is PEFT's. Added here are errors where PEFT is silent: a target module, pattern or layer
-number that matches nothing in the model.
+The adapter is PEFT's. This module adds errors where PEFT is silent: a target module, pattern or
+layer number that matches nothing in the model.
 
 Functions that list and switch adapters take a `PeftModel`, or a transformers model after
 `peft.inject_adapter_in_model`. transformers 5.24 refuses every released PEFT in its own

@@ -1,11 +1,11 @@
 """Train the adapter of a frozen base with `transformers.Trainer`.
 
-Why the Trainer and not TRL's SFTTrainer: SFTTrainer adds tokenizing, packing and masking, which our
-data stage does before training, and memory-saving losses for the models it knows, where ours works
-for any causal model (`chunked_loss.py`).
+TRL's SFTTrainer would add tokenizing, packing and masking, which our data stage does before.
+Its memory-saving losses work for the models it knows; ours works for any causal model
+(`chunked_loss.py`).
 
-Only the adapter receives gradients, which is checked before the first step. That the base is
-unchanged is checked by the caller, who knows its fingerprint (`pipeline`).
+Only the adapter receives gradients; this is checked before the first step. The caller knows the
+fingerprint of the base and checks that the base is unchanged (`pipeline`).
 
 A killed run resumes from its last checkpoint (adapter, optimizer, schedule, random state, data
 order) and ends with the same bits.

@@ -8,11 +8,11 @@
 Each knows its place (`file:line`, or `source row N`), so that later messages can name it.
 
 Documents are shuffled with the recipe's seed and split, unless `data.evaluation` names the held-out
-ones. Then no content is in both parts, unless `data.repeated` is `keep`: a held-out record is
-removed if the training part has its prompt with its answer (of a conversation: each of its answers
-after the same messages), and paragraphs longer than a line are removed from training text if they
-are held out. Equal answers to different prompts are normal (labels, canned replies), and stay.
-Spacing is ignored.
+ones. Then no content is in both parts, unless `data.repeated` is `keep`. A held-out record is
+removed if the training part has its prompt with its answer. For a conversation, that is each of its
+answers after the same messages. Paragraphs longer than a line are removed from training text if
+they are held out. Equal answers to different prompts (labels, canned replies) stay. Spacing is
+ignored.
 """
 
 from __future__ import annotations

@@ -422,8 +422,8 @@ def _parameters_of(
 
 def quantized_of(bitwidth: int, codes: Tensor, scale: Tensor, low_end: Tensor) -> QuantizedTensor:
     """A tensor from the numbers that a file stores. A symmetric one with a negative scale has
-    signed blocks; in others, codes of a group with a negative scale are counted from the other end,
-    which changes no value but by the rounding of one float32 addition:
+    signed blocks. In others, the codes of a group with a negative scale are counted from the other
+    end. This changes values only by the rounding of one float32 addition:
 
         code' = steps - code      offset' = -steps - offset
         scale' = -scale           minimum' = minimum + steps * scale,  steps = 2^bitwidth - 1

@@ -317,7 +317,7 @@ class Store:
 
     def finish(self, planned: Collection[str] = ()) -> None:
         """Put complete artifacts in tmp/ in place, unless something is there, and delete the rest.
-        Of those that were being removed, those at `planned` places are put back."""
+        Artifacts that were being removed are put back if their place is in `planned`."""
         folder = self.path / TMP
         waiting = sorted(folder.iterdir()) if folder.is_dir() else []
         # New artifacts come first: a kill may have left both versions without a place.

@@ -4,9 +4,9 @@
     c = 1/2 sum_oi G_oo h_i (W - W_hat)_oi^2
 
 G is the second moment of the gradient at the layer's output (`layer_statistics.py`, in the float
-model), so c is the relative change of the block's output. h_i is what an error in input i costs:
-R_ii, or with gptq, where the inputs after it compensate the error, the denominator 1 / U_ii^2 by
-which it chooses its scales (`gptq.py`).
+model), so c is the relative change of the block's output. h_i is the cost of an error in input i:
+R_ii. With gptq, later inputs compensate the error, so h_i is the denominator 1 / U_ii^2 of its
+choice of scales (`gptq.py`).
 
 Layers that read the same tensor (q, k and v; gate and up) get one scheme. The choice is then a
 knapsack with one item from each group, solved by dynamic programming over bytes.

@@ -19,8 +19,8 @@ one shard. With calibration:
     released   a block: written to disk when the last batch has arrived at the next block
                everything else: at the end
 
-so that memory holds what is outside the blocks, one block as floats (two while batches move on)
-with its moments and the activations of a batch, one shard, and the hidden states of the batches.
+Memory holds the tensors outside the blocks, one block as floats (two while batches move on), its
+moments, the activations of a batch, one shard, and the hidden states of the batches.
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ does not notice Q once its gain g is in the layers that read it:
     layers that write to h   W <- Q^T W, b <- Q^T b
     within each head         value W <- P^T W, b <- P^T b; output W <- W P
 
-Q is a random diagonal of signs times `H (x) O`: H is a Hadamard matrix whose size is the largest
-power of two that divides the width, O a random orthogonal matrix; P is the same for the width of a
-head. It spreads values that few channels have over all of them. Nothing is added at run time.
+Q is a random diagonal of signs times `H (x) O`. H is a Hadamard matrix whose size is the largest
+power of two that divides the width, and O a random orthogonal matrix. P is the same for the width
+of a head. Q spreads outliers of a few channels over all of them. Nothing is added at run time.
 
-What reads and writes the stream is found in the captured graph; no architecture is known by name.
-Refused by the name of the module:
+The captured graph tells which layers read and write the stream; no architecture is known by name.
+These modules are refused, by their path:
 
 - LayerNorm, which subtracts the mean of channels
 - a norm between a layer and the sum that it writes to (Gemma 2 and 3, OLMo 2): its gain stays there

@@ -77,7 +77,7 @@ class CacheSizes:
 
     @property
     def name(self) -> str:
-        """Of the graph, as in Qualcomm's recipes."""
+        """The graph's name, as in Qualcomm's recipes."""
         kind = "token" if self.tokens == 1 else "prompt"
         return f"{kind}_ar{self.tokens}_cl{self.context}"
 
@@ -90,10 +90,12 @@ def cache_sizes(tokens: Iterable[int], contexts: Iterable[int]) -> tuple[CacheSi
 def capture_cached(
     model: nn.Module, sizes: CacheSizes | None = None, like: Captured | None = None
 ) -> Captured:
-    """The graph of a causal language model that continues a sequence: of one row and these sizes,
-    which returns keys and values of the new tokens only; or of any number of rows, tokens and past
-    tokens, which returns those of past and new ones. It takes embeddings, and positions of three
-    axes, where `like` does."""
+    """The graph of a causal language model that continues a sequence.
+
+    With `sizes`, it has one row and returns keys and values of the new tokens only. Without, it
+    takes any number of rows, tokens and past tokens, and returns keys and values of all of them. It
+    takes embeddings, and positions of three axes, where `like` does.
+    """
     tokens, past = (sizes.tokens, sizes.past) if sizes else (_EXAMPLE_TOKENS, _EXAMPLE_PAST)
     rows = 1 if sizes else 2
     ids = torch.ones(rows, past + tokens, dtype=torch.int64, device=device_of(model))

@@ -40,7 +40,7 @@ def device_of(module: object) -> torch.device:
 
 
 def pick_device(key: str) -> torch.device:
-    """The device of `device` in a recipe. Of several GPUs, each process of a run has its own.
+    """The device of `device` in a recipe. Each process of a run has its own GPU.
 
     Raises:
         DeviceError: this machine does not have it, or torch cannot use it.

@@ -79,8 +79,8 @@ def export(
         sample: one batch of the model's inputs, for targets aimet and qairt: golden inputs, of the
             shapes that files with fixed shapes take. Target qnn needs the shapes, too, for a model
             that is not a causal language model.
-        graphs, context: of a causal language model, for targets aimet, qairt and qnn: new tokens
-            in one call, and past and new tokens together. There is one graph for each pair of them.
+        graphs, context: for causal language models and targets aimet, qairt and qnn. `graphs`:
+            new tokens in one call; `context`: past and new tokens together. Each pair has a graph.
             All share one copy of the weights, except in aimet, where each graph has a copy.
         layout: `genie`, for targets qairt and qnn: as Qualcomm's Genie takes the graphs, with its
             configuration. Needs a tokenizer.
@@ -90,8 +90,8 @@ def export(
 
     Raises:
         ExportError: the target does not exist, does not take `made`, or has files that cannot
-            hold it; `graphs`, `context` or `opset` is out of range; or another adapter or file of
-            the export has an adapter's name.
+            hold it. Or `graphs`, `context` or `opset` is out of range. Or an adapter has the name
+            of another adapter or file of the export.
         SourceError, FingerprintError: `load_adapter` refuses an adapter.
         CalibrationError: the base or an adapter has changed since it was simulated.
         MissingExtraError: a package that writes the files is missing.

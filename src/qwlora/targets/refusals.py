@@ -2,9 +2,9 @@
 
     refusals(target, subject)    the reasons; none if it can
 
-A `Subject` is what would be exported, as far as it is known: at first the sections of a recipe,
-then the model and its integers, adapters from files, at last the layers that are written. What a
-target can hold is data: fields of `Target` and `FormatLimits`, filled in `registry.py`.
+A `Subject` holds what is known about an export. At first that is the sections of a recipe, then the
+model and its integers and adapters from files, and finally the layers that are written. The limits
+of a target are data: fields of `Target` and `FormatLimits`, filled in `registry.py`.
 
 Recipes, preflight, `qwlora check` and the writers ask here. A writer refuses by itself only what
 shows in the graph that it captured or in the numbers that it writes.

@@ -86,9 +86,9 @@ class GgufCheckpoint(MappedCheckpoint):
         as_floats: read every tensor as floats, also of types that have no integers here.
 
     Raises:
-        SourceError: the file is damaged, transformers does not know its architecture, a parameter
-            of the model is missing, a tensor is not a parameter of it, or the type of a tensor is
-            not supported (the message lists all such tensors).
+        SourceError: the file is damaged, or transformers does not know its architecture. Or tensors
+            are missing, are no parameters of the model, or have an unsupported type; the message
+            lists them all.
     """
 
     described_in = "its metadata"

@@ -30,9 +30,9 @@ class SafetensorsFiles:
         mapped: return views of the memory-mapped files instead of copies.
 
     Raises:
-        SourceError: there are no safetensors files, or several and none has the usual name; the
-            index refers to a file that is missing or outside the folder; a tensor is in two files;
-            a file is truncated or malformed.
+        SourceError: there are no safetensors files, or several and none has the usual name. Or the
+            index refers to a file that is missing or outside the folder. Or a tensor is in two
+            files, or a file is truncated or malformed.
     """
 
     def __init__(self, folder: str | Path, stem: str = "model", mapped: bool = True):

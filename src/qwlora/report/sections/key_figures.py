@@ -1,4 +1,4 @@
-"""What did it cost, in six figures? Of several adapters, always the worst."""
+"""What did it cost, in six figures? Each figure is that of the worst adapter."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ _SHORT = {"float": "float", "reference": "float LoRA"}
 
 @dataclass(frozen=True)
 class Tile:
-    """One key figure: `value` with its unit, and `tip`, the definition behind the question mark. Of
-    several adapters, the one with the largest badness is shown."""
+    """One key figure: `value` with its unit, and `tip`, its definition. With several adapters, it is
+    that of the largest badness."""
 
     label: str
     tip: str
@@ -124,7 +124,7 @@ def _shipping(job: Job, adapter: str) -> Tile:
 
 
 def _divergence(job: Job, adapter: str) -> Tile:
-    # Of the last model that was evaluated.
+    # The last model that was evaluated.
     label = "KL to float, mean"
     for kind, word in (("simulated", "simulated"), ("adapted", "with adapter"), ("base", "base")):
         path = job.path(kind, adapter, "kl")

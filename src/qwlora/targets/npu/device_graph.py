@@ -67,9 +67,12 @@ def lift_host_inputs(
     floor: float,
     deciding_inputs: Collection[str] = _DECIDING,
 ) -> tuple[ExportedProgram, Interface, QuantizedGraph]:
-    """Split a program with static shapes in two: the device program, which takes token ids (int32),
-    the outputs of the host graph and the other inputs, with its interface; and the host graph,
-    which takes `deciding_inputs` (`host_input`). Masked entries of a float mask become `floor`."""
+    """Split a program with static shapes into a device program with its interface, and a host graph.
+
+    The host graph takes `deciding_inputs` (`host_input`). The device program takes token ids
+    (int32), the outputs of the host graph, and the other inputs. Masked entries of a float mask
+    become `floor`.
+    """
     graph = copy.deepcopy(program.graph)
     inputs = dict(zip(program.graph_signature.user_inputs, interface.inputs, strict=True))
     fixed = stored_tensors(program) - set(parameter_names(program))

@@ -25,7 +25,7 @@ importer of Qualcomm's QAIRT:
     GRAPH_lora_adaptor_list.yaml    the same files by use case
     golden/CASE/                    inputs, and the outputs that were computed of them
 
-Of a model that is not a causal language model, GRAPH is `forward`, of the sample's shapes. Graphs
+GRAPH is `forward`, with the sample's shapes, if the model is no causal language model. Graphs
 with a key-value cache (`prompt_ar128_cl1024`, `token_ar1_cl1024`) share model.data,
 CASE.safetensors and lora_weight_list.txt; `kv_cache_graphs.py` lists the files next to them.
 

@@ -6,8 +6,8 @@
     base/device/*.bin              the compiled graphs
     first/INPUT.raw                float32 values of an adapter's inputs, of LoRA version 1
 
-Of target `qairt`, graphs and sections of the binary by use case (LoRA version 2) are what QAIRT's
-tools make of it; the configuration names them.
+QAIRT's tools make the graphs and the sections of the binary by use case (LoRA version 2) from
+target `qairt`. The configuration names them.
 
 `genie_layout` gives a graph of `npu_form` the layout in which Genie passes positions and cache:
 

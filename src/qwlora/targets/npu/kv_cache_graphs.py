@@ -1,6 +1,6 @@
 """A folder of graphs with a key-value cache: written with golden outputs, and run in ONNX Runtime,
-prefill in pieces, then token by token. Of a model that is not a causal language model there is one
-graph, `forward`, without a cache: what integers and masks decide, its host computes.
+prefill in pieces, then token by token. A model that is no causal language model has one graph,
+`forward`, without a cache. Its host computes what depends on integers and masks.
 
     graphs.json           sizes, files and grids of the graphs
     GRAPH_host.onnx       positions and mask -> cos, sin, float mask; run before each call

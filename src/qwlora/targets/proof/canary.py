@@ -175,7 +175,7 @@ def margin(answer: Answer) -> float:
 
 
 def log_prob(answer: Answer, token: int) -> float:
-    """Of a token; one that is not listed has at most the lowest that is."""
+    """The log-probability of a token. An unlisted token gets the lowest listed value."""
     return answer.get(token, min(answer.values()))
 
 

@@ -164,9 +164,9 @@ def _values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def misfits(value: Any, form: Form, key: str = "the content") -> Iterator[str]:
     """A phrase for each part of a JSON value that is not of its form.
 
-    A form is a dict of forms by key, of which none has to be there; a list with the form of all
-    elements, or an empty one; a type, or several; a frozenset of values; a regular expression; or
-    the value itself.
+    A form is one of these: a dict of forms by key, all optional; a list with the form of its
+    elements, or an empty list; one type or several. It can also be a frozenset of values, a regular
+    expression, or the value itself.
     """
     if isinstance(form, dict) and isinstance(value, dict):
         for name, inner in value.items():

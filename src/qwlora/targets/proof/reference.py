@@ -45,19 +45,19 @@ from qwlora.system.progress import Track, untracked
 from qwlora.targets.proof.checks import LIMITS, Check, Limits, Parity, at_least, at_most
 from qwlora.targets.target import Rounding, Runtime
 
-# Of the largest logit, where only float32 rounding may differ. With SmolLM2's Q4_1 file, llama.cpp
+# Share of the largest logit. Only float32 rounding may differ. With SmolLM2's Q4_1 file, llama.cpp
 # is off by 8e-6 of it (docs/log/runtimes.md).
 LOGIT_DIFFERENCE = 1e-4
 AGREEMENT = 0.999  # in one of a thousand tokens, rounding may decide a near tie
-# Of the noise floor, which is itself the difference of one sample. With 4 layers on grids of 16
+# Times the noise floor, which is itself the difference of one sample. With 4 layers on grids of 16
 # bits, ONNX Runtime has 1 time the floor's, and 60 times if it rounds activations to 8 bits.
 NOISE = 4.0
 # Tokens that a slow program gets one by one: the HTP's emulator takes as long for one as for 32.
 SLOW_STEPS = 4
 TOP = 64
-# Of the base, which all adapters share, and of a bundle, which needs no more to be proven again.
+# For the base, which all adapters share, and for a bundle, where the proof is only repeated.
 BASE_SEQUENCES = 2
-# Of generated text in a bundle: 124 for SmolLM2-135M took 51 s on two cores shared by four jobs.
+# Tokens of generated text in a bundle. 124 took 51 s with SmolLM2-135M, two cores, four jobs.
 PROOF_TOKENS = 64
 STATES = ("base", "adapter")
 TOLERANCE = 1e-3  # of sums of probabilities, from float32 logits
@@ -241,7 +241,7 @@ def compare_logits(
 ) -> Parity:
     """Compare a runtime's logits of the reference's sequences.
 
-    Compared are log-probabilities of the likeliest tokens, the likeliest token, and perplexity.
+    It compares log-probabilities of the likeliest tokens, the likeliest token, and perplexity.
     Where the reference has an `other` computation, that is a noise floor: no file can agree with a
     simulation better than two equally correct simulations agree with each other.
 

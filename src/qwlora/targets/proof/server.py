@@ -81,7 +81,7 @@ class Server:
         return []
 
     def adapters(self) -> dict[int, str]:
-        """Of llama-server: paths of the loaded adapters, by number."""
+        """Paths of the adapters that llama-server has loaded, by number."""
         match self._get("/lora-adapters"):
             case [*entries]:
                 known = [e for e in entries if isinstance(e, dict) and isinstance(e.get("id"), int)]

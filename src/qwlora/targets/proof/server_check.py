@@ -4,7 +4,7 @@
         print(row["model"], row["verdict"])
 
 A model of the job matches if the root mean square of the differences between its log-probabilities
-and the server's is at most `LIMIT`. Of a server that returns none, the greedy tokens are compared.
+and the server's is at most `LIMIT`. If the server returns none, the greedy tokens are compared.
 """
 
 from __future__ import annotations

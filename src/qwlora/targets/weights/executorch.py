@@ -18,9 +18,10 @@ transposed, and the scale is in lora_B.
     y = W x  becomes  y = W x' + (x A) B       x' is x rounded to 8 bits for each token
 
 W x' is XNNPACK's product of a packed layer. It holds codes of 4 and 8 bits with one scale for each
-output, where others are stored exactly, too (2 and 3 bits in 4, 5 to 7 in 8); and blocks of 32 and
-multiples of it, of 4 bits only, whose scales it rounds to bfloat16: exact for `Bf16Block`. It has
-no offsets. Other layers are floats. Rows of a packed embedding are computed from its codes.
+output. Other bitwidths are stored exactly in these (2 and 3 bits in 4, 5 to 7 in 8). It also holds
+blocks of 32 and its multiples, with 4 bits only. It rounds their scales to bfloat16, which is exact
+for `Bf16Block`. It has no offsets. Other layers are floats. Rows of a packed embedding are
+computed from its codes.
 """
 
 from __future__ import annotations

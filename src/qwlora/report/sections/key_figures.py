@@ -39,8 +39,8 @@ _SHORT = {"float": "float", "reference": "float LoRA"}
 
 @dataclass(frozen=True)
 class Tile:
-    """One key figure: `value` with its unit, and `tip`, its definition. With several adapters, it is
-    that of the largest badness."""
+    """One key figure: `value` with its unit, and `tip`, its definition. Several adapters: the
+    one with the largest badness."""
 
     label: str
     tip: str

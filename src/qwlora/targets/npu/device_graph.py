@@ -67,7 +67,7 @@ def lift_host_inputs(
     floor: float,
     deciding_inputs: Collection[str] = _DECIDING,
 ) -> tuple[ExportedProgram, Interface, QuantizedGraph]:
-    """Split a program with static shapes into a device program with its interface, and a host graph.
+    """Split a program with static shapes into a device program with its interface and a host graph.
 
     The host graph takes `deciding_inputs` (`host_input`). The device program takes token ids
     (int32), the outputs of the host graph, and the other inputs. Masked entries of a float mask

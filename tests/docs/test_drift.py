@@ -21,7 +21,6 @@ from qwlora import errors
 
 # Blocks of Python, and the test that runs them.
 PYTHON = {
-    "README.md": (1, "tests/formats/test_hf_quantizer.py"),
     "coming-from.md": (1, "tests/formats/test_hf_quantizer.py"),
     "python.md": (4, "tests/docs/test_python_page.py"),
     "first-five-minutes.md": (1, "tests/docs/test_newcomer.py"),

@@ -161,8 +161,8 @@ def untie_(model: nn.Module) -> list[list[str]]:
         tied = {name.removesuffix(".weight") for pair in pairs for name in pair}
         if still := sorted(tied & {name for names in untied.values() for name in names}):
             raise MergeError(
-                f"{still[0]}: {type(inner).__name__} always ties this layer, so an adapter on it "
-                "cannot be merged; keep the adapter separate"
+                f"{still[0]}: {type(inner).__name__} always ties its weight to another layer's, so "
+                "an adapter on it cannot be merged; keep the adapter separate"
             )
     return list(untied.values())
 

@@ -267,8 +267,8 @@ def active_adapter(model: nn.Module) -> str:
     if active := active_adapters(model):
         return active[0]
     raise TrainingError(
-        f"{type(model).__name__} has no active adapter; attach one with peft.get_peft_model, or "
-        "say which"
+        f"{type(model).__name__} has no active adapter. Attach one with peft.get_peft_model, or "
+        "activate one with set_adapter(NAME)"
     )
 
 

@@ -73,9 +73,8 @@ def _wrapped(model: nn.Module, layers: Collection[str]) -> Iterator[None]:
     missing = sorted({*layers} - dict(lora_layers(model)).keys())
     if missing and not isinstance(model, PeftModel):
         raise CaptureError(
-            f"{listed(missing, 3)}: this adapter does not change it, but others do, and it is not "
-            "a LoRA layer yet. Attach another adapter that changes it, or let PEFT load the "
-            "adapter (PeftModel.from_pretrained)"
+            f"{listed(missing, 3)}: other adapters have LoRA here, the attached one has not. "
+            "Attach one first that has, or load the adapter with PeftModel.from_pretrained"
         )
     with contextlib.ExitStack() as stack:
         if isinstance(model, PeftModel) and missing:

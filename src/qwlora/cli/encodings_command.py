@@ -18,7 +18,7 @@ from qwlora.formats.aimet_encodings.documents import printable
 def encodings(
     file: Annotated[Path, typer.Argument(help="An encodings file.")], as_json: AsJson = False
 ) -> None:
-    """List the encodings in an AIMET encodings file, or its problems.
+    """Check an AIMET encodings file: list its encodings, or its problems if it is invalid.
 
     Reads versions 0.6.1, 1.0.0, 2.0.0 and 2.1.0.
     """

@@ -42,7 +42,7 @@ Exact = Annotated[
     bool,
     typer.Option(
         "--exact",
-        help="Compute as evaluate and verify do: in PyTorch, or with float32 activations.",
+        help="As evaluate and verify: models in PyTorch, exported files with float32 activations.",
     ),
 ]
 

@@ -109,8 +109,8 @@ _SUMMARY = {
     "llama.cpp` runs all five steps for one adapter.",
     "calibrate": "Step 3: calibrate activations and adapters.",
     "export": "Step 4: write the files for the runtimes.",
-    "verify": "Step 5: run the exported files and compare them with what was trained.\n\nFor a "
-    "folder of exported files, such as out/export/hf, repeats its proof on any machine.",
+    "verify": "Step 5: run the exported files and compare them with what was trained.\n\nA "
+    "folder of exported files, such as out/export/hf, is compared with results stored in it.",
     "evaluate": "Measure perplexity of all models and simulations.",
 }
 
@@ -180,8 +180,8 @@ def _job_command(name: str) -> Callable[..., None]:
             str | None,
             typer.Option(
                 metavar="NAME=MODEL,...",
-                help="With --server: the server's model for base and each adapter; lora:N and "
-                "lora:none for llama-server. Default: the names that the server lists.",
+                help="With --server: what the server calls the base and each adapter. For "
+                "llama-server, lora:N is adapter N and lora:none the base. Default: its own list.",
             ),
         ] = None,
         timeout: Annotated[

@@ -61,7 +61,7 @@ def recipe_and_job(recipe: Path, out: Path | None) -> tuple[Path, Path]:
     """The recipe's file and the job's directory that the arguments of a command stand for."""
     if recipe.is_dir():
         if out is not None:
-            raise DirectoryError(f"{str(recipe)!r} is a directory; give a recipe with --out")
+            raise DirectoryError(f"{str(recipe)!r} is a directory; with --out, give a recipe file")
         check_job(recipe)
         return recipe / "recipe.yaml", recipe
     # A job's own recipe is that of its directory, not of another job.

@@ -30,7 +30,10 @@ NARROW = "simulation.activation_bitwidth=8"
 def inspect(
     source: Annotated[
         str,
-        typer.Argument(help="A model's folder or .gguf file, package:NAME/PATH, a base, or a job."),
+        typer.Argument(
+            help="A model's folder or .gguf file, package:NAME/PATH (a file inside an installed "
+            "package), a base, or a job."
+        ),
     ],
     against: Annotated[
         str | None,

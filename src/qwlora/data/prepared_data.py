@@ -31,7 +31,7 @@ class Cutting:
         turns: of a conversation: together or apart.
         prompt_format: of completions: auto (the chat template, if there is one) or plain.
         evaluation_sequences, calibration_sequences: at most; default: all.
-        most_lost: largest share of a part that may be removed, cut off or dropped.
+        most_lost: largest share of the training or held-out text that may be lost.
     """
 
     sequence_tokens: int

@@ -39,8 +39,8 @@ def rewritten(program: ExportedProgram) -> ExportedProgram:
                 node.args = (parts, *node.args[1:])
         except GuardOnDataDependentSymNode as error:
             raise CaptureError(
-                f"values decide how large tensors of {place_of(node)} are (data-dependent): the "
-                "model cannot be rotated (set base.rotation: null), and has no graphs with a cache"
+                f"{place_of(node)} has tensors whose shape depends on data. The model cannot be "
+                "rotated (set base.rotation: null), nor exported with a key-value cache"
             ) from error
     graph.eliminate_dead_code()
     return with_graph(program, graph)

@@ -53,7 +53,7 @@ class Trait(StrEnum):
 
 
 class Decision(StrEnum):
-    """What happens to a value."""
+    """Whether the simulation quantizes a tensor, and how."""
 
     QUANTIZE = "quantize"  # it gets an encoding
     SHARE = "share"  # data movement: the encoding of the value it was moved from also holds it

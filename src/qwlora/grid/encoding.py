@@ -54,8 +54,8 @@ class Encoding:
     Args:
         scheme: bitwidth, symmetry and granularity.
         scale: float32, shape `scheme.scale_shape(tensor.shape)`.
-        low_end: of the same shape. int32, the offset, in `[-(2^bitwidth - 1), 0]`; for a
-            float-offset scheme float32, the minimum: the value of code 0.
+        low_end: same shape as `scale`. The integer offset (int32, `[-(2^bitwidth - 1), 0]`). For
+            a float-offset scheme, the minimum (float32): the value of code 0.
     """
 
     scheme: Scheme

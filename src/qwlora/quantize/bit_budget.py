@@ -50,7 +50,7 @@ class BitBudget:
     """What all packed layers may take together, scales and offsets included.
 
     Args:
-        bits, bytes: per weight on average, or of all of them; give one.
+        bits, bytes: average bits per weight, or total size. Give one of them.
         schemes: to choose from. Default: the scheme of the base with 2 to 8 bits, and with blocks
             of other sizes (`similar_schemes`).
     """

@@ -123,8 +123,8 @@ class BlockRunner(ExitStack, Iterable[str]):
             arrivals = {batch.at for batch in self.batches}
             if len(arrivals) > 1:
                 raise CalibrationError(
-                    "the calibration batches do not run through the model's blocks in the same "
-                    f"order: some have arrived at {', '.join(map(str, arrivals))}"
+                    "calibration batches reach the model's blocks in different orders: they "
+                    f"are at {', '.join(map(str, arrivals))} now. Use batches of one kind"
                 )
             (block,) = arrivals
             if block is None:

@@ -136,8 +136,8 @@ def observe_moments(
     """
     if any(is_adapter_name(name) for name, _ in model.named_parameters()):
         raise GridError(
-            "the model has an adapter, which would change the moments. Keep them with "
-            "dict(observe_moments(...)) before you attach it, or observe another copy of the base."
+            "the model has an adapter, which would change the second moments. Store them with "
+            "dict(observe_moments(...)) before you attach it, or observe a copy of the base."
         )
     packed = [
         f"{path}.weight"

@@ -65,7 +65,7 @@ class AdapterSimulations(dict[str, Simulation]):
     """The simulation of each adapter by name, and of "base"; made by `simulate_adapters`.
 
     Attributes:
-        base_activations: what adapters share; see the module.
+        base_activations: which encodings adapters share: adapter_only, all or none.
         captures: how many graphs were captured.
         shared: the shared encodings by name, without those of packed base weights.
     """
@@ -188,7 +188,7 @@ def simulate_adapters(
     apply to one of the adapters.
 
     Args:
-        base_activations: what adapters share; see the module.
+        base_activations: which encodings adapters share: adapter_only, all or none.
         adapters: names of adapters in `model`. Default: all.
         activation_encodings: see `simulate`. With these and `base_activations="all"`, adapters
             still share those.

@@ -78,9 +78,9 @@ def suggest_bitwidths(job: JobModels, name: str, share: float) -> dict[str, Any]
     context = job.new_context()
     if context.recipe.workflow == "qwa-lora":
         raise CalibrationError(
-            f"adapter {name!r} was trained through quantized activations (workflow qwa-lora), so "
-            "it must be trained again for other grids. Find the rules with workflow qw-lora, add "
-            "them to the recipe, and train again"
+            f"adapter {name!r} was trained with quantized activations (workflow: qwa-lora), so "
+            "other grids need new training. Set workflow: qw-lora to find simulation.rules, add "
+            "them to the recipe, set qwa-lora again, and train"
         )
     simulation = _calibrated(context, name)
     searched, others = context.text(name).evaluation.spread(SEARCHED_SEQUENCES)

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qwlora.errors import QwloraError, SourceError, foreign_as
+from qwlora.errors import QwloraError, SourceError, foreign_as, listed
 
 # Pattern of keys, lowest and highest value. While transformers reads a configuration, it expands
 # some numbers: `num_hidden_layers` into a list of layer types, `num_labels` into label names. So a
@@ -31,6 +34,13 @@ _COUNTS = (
     ("num_labels", 0, 300_000),
     # Above 10^8, products of two counts do not fit in memory.
     ("hidden_size|vocab_size|num_attention_heads|num_key_value_heads", 1, 10**8),
+)
+# Pattern of keys, and the names that they may have unless the model has its own code.
+_NAMES: tuple[tuple[str, Collection[str]], ...] = (
+    ("hidden_act(ivation)?|activation_function|feed_forward_act", ACT2FN.keys()),
+    # `axial` is that of vision towers, which compute it themselves.
+    ("rope_type", {"default", "axial", *ROPE_INIT_FUNCTIONS}),
+    ("(torch_)?dtype", {"auto", *(n for n, v in vars(torch).items() if type(v) is torch.dtype)}),
 )
 # What transformers' errors mean, by words in them.
 _MEANINGS = {
@@ -77,7 +87,7 @@ def use_default_implementations_(config: PretrainedConfig) -> None:
 
 
 def check_values(folder: Path) -> None:
-    """Refuse a config.json with counts that no model has; the message names the key."""
+    """Refuse a config.json with counts or names that no model has; the message names the key."""
     with loading(f"{str(folder)!r}: config.json cannot be read"):
         # Reads the file that AutoConfig reads: config.json can redirect to another one.
         settings, _ = PretrainedConfig.get_config_dict(folder)
@@ -95,6 +105,10 @@ def check_values(folder: Path) -> None:
             for pattern, low, high in _COUNTS:
                 if not low <= value <= high and re.fullmatch(pattern, key):
                     problem = f"but models have {max(low, 0)} to {high:,}"
+        elif isinstance(value, str) and "auto_map" not in settings:
+            for pattern, known in _NAMES:
+                if re.fullmatch(pattern, key) and value.removeprefix("torch.") not in known:
+                    problem = f"and transformers knows {listed(sorted(known), 40)}"
         if problem:
             raise SourceError(
                 f"{str(folder / 'config.json')!r}: {path} is {value!r}, {problem}. Correct it, or "

@@ -109,8 +109,8 @@ def test_epochs_and_float_lora_have_a_time(job_for: Any, monkeypatch: pytest.Mon
     job = job_for(adapters=both, reference="float")
     results = job.run("quantize", "train")
     steps = results["train"]["first"]["steps"]
-    (said,) = (line for line in job.said if "At this pace" in line)
-    assert f"of {steps}. At this pace" in said
+    (said,) = (line for line in job.said if "at this pace" in line)
+    assert f"of {steps}. Time left at this pace" in said
     plan = ("plan", job.out, "--json", *("--set", "adapters.0.epochs=3"))
     stages = {s["stage"]: s["seconds"] for s in json.loads(answered(*plan))["stages"]}
     assert "train/second" not in stages  # up to date

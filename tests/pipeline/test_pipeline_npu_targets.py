@@ -93,11 +93,11 @@ GRAPHS = "export.graphs={tokens: [8, 8, 0], context: [32, 8, 4]}"
     ("changes", "said"),
     [
         ((*QAIRT, "export.use_cases=[first+third]"), "no adapter third"),
-        ((*QAIRT, "export.use_cases=[none]"), "must hold an adapter"),
+        ((*QAIRT, "export.use_cases=[none]"), "must list at least one adapter"),
         ((*QAIRT, GENIE, "export.use_cases=[first+second]"), "strength of one adapter only"),
         ((*QAIRT, "adapters.0.name=none"), "choose another name"),
         ((*QAIRT, "adapters.0.name=host"), "adapter host has the name of another"),
-        ((*QAIRT, "workflow=qwa-lora"), "use workflow qw-lora"),
+        ((*QAIRT, "workflow=qwa-lora"), "Use workflow qw-lora"),
         ((*QAIRT, "adapters.1.data={sequence_tokens: 16}"), "sequence_tokens: first 32, second 16"),
         ((GRAPHS,), r"(?s)\[8, 8, 0\]: .*each once.*\[0\]: .*at least 1.*\[8, 4\]: .*greater"),
         (("export.graphs={context: [128]}",), r"\[128, 1\], since"),

@@ -175,7 +175,7 @@ def test_an_upload_deletes_only_what_an_earlier_one_left(job: Path, hub: FakeHub
     assert "gguf/base.gguf" in hub.repositories["me/base"].files
     asking = command("push", job, "--to", "me/base")
     assert (asking.returncode, "--yes" in asking.stderr) == (2, True)
-    assert "gguf/base.gguf is deleted there" in asking.stdout
+    assert "gguf/base.gguf will be deleted there" in asking.stdout
     assert "gguf/base.gguf" in hub.repositories["me/base"].files
     answered("push", job, "--to", "me/base", "--yes")
     assert "gguf/base.gguf" not in hub.repositories["me/base"].files

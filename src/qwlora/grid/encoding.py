@@ -26,8 +26,8 @@ The encoding of a min-max range, which always contains zero. The scale is AIMET'
     symmetric    scale = max(max / floor(steps / 2), -min / ceil(steps / 2)),
                  offset = -2^(bitwidth - 1)
 
-with `steps = 2^bitwidth - 1`. Nothing is clipped, except at 2 bits, where max is divided by 2, as
-in AIMET. A range that float32 cannot tell from zero gets the smallest scale,
+with `steps = 2^bitwidth - 1`. The symmetric grid clips nothing, except at 2 bits, where max is
+divided by 2, as in AIMET. A range that float32 cannot tell from zero gets the smallest scale,
 `min(eps, 0.01 / steps)`. The range of a float-offset grid need not contain zero.
 """
 

@@ -26,9 +26,9 @@ The encoding of a min-max range, which always contains zero. The scale is AIMET'
     symmetric    scale = max(max / floor(steps / 2), -min / ceil(steps / 2)),
                  offset = -2^(bitwidth - 1)
 
-with `steps = 2^bitwidth - 1`. The symmetric grid clips at neither end, except at 2 bits: there, as
-AIMET does, max is divided by 2 instead of 1. A range that float32 cannot tell from zero gets the
-smallest scale, `min(eps, 0.01 / steps)`. The range of a float-offset grid need not contain zero.
+with `steps = 2^bitwidth - 1`. The symmetric grid clips nothing, except at 2 bits, where max is
+divided by 2, as in AIMET. A range that float32 cannot tell from zero gets the smallest scale,
+`min(eps, 0.01 / steps)`. The range of a float-offset grid need not contain zero.
 """
 
 from __future__ import annotations

@@ -126,10 +126,11 @@ class Base(Section):
     integers from the model files"""
     weights: ShortName = "w4-signed32"
     """grid of every Linear weight: w, the bits (2 to 8), and what shares one scale, as in
-    w8-channel. tensor; channel: an output channel; block32: 32 inputs of one output; signed32: the
-    same, with scales of either sign, more accurate at 2 to 4 bits; bf16block32: with bfloat16
-    scales, for executorch; lpbq64: AIMET's low-power blocks. tensor, channel and block can end in
-    -asymmetric: an offset per scale. Default for Qualcomm's targets: w4-block32"""
+    w8-channel. Without blocks: tensor, channel (an output channel). In blocks: block32 (32 inputs
+    of one output), signed32 (scales of either sign, more accurate at 2 to 4 bits), bf16block32
+    (bfloat16 scales, for executorch), lpbq64 (AIMET's low-power blocks). With -asymmetric at the
+    end, tensor, channel and block have an offset per scale. Default for Qualcomm's targets:
+    w4-block32"""
     rules: list[BaseRule] = []
     """exceptions for some layers; the first match applies"""
     rotation: Literal["hadamard"] | None = None

@@ -60,8 +60,8 @@ class Export(Section):
     """ONNX opset for aimet and qairt, 17 to 23 (default). Lower it for older tools"""
     embedding_bits: Literal[8, 16, 32] | None = None
     """bits of embeddings, output heads and other float values. 8: blocks of 8 bits, and float16 for
-    adapters of gguf and mlx (gguf, mlx, genai and web only, where it is the default); 16: float16
-    or bfloat16 where lossless, else float32; 32: float32 (the only choice for aimet, qairt, qnn and
+    adapters of gguf and mlx (gguf, mlx, genai and web only, where it is the default). 16: float16
+    or bfloat16 where lossless, else float32. 32: float32 (the only choice for aimet, qairt, qnn and
     qairt_pipeline). Default of other targets: 16"""
     proof: Literal["generated", "held_out", "none"] = "generated"
     """text for qwlora verify BUNDLE, and for golden/ of aimet and qairt. generated: from the float

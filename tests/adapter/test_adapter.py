@@ -223,7 +223,10 @@ UP0, UP = (f"layers.{layer}.mlp.up_proj.lora_" for layer in (0, 7))
 WRONG: list[tuple[Change, str]] = [
     (lambda folder: (folder / WEIGHTS).write_bytes(b"cut short"), rf"{WEIGHTS} cannot be read"),
     (lambda folder: (folder / WEIGHTS).unlink(), rf"has no {WEIGHTS}"),
-    (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), r"\.bin\).*runs code"),
+    (
+        lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"),
+        r"\.bin\).*can run code",
+    ),
     (lambda folder: (folder / CONFIG).unlink(), rf"has no {CONFIG}"),
     (lambda folder: (folder / CONFIG).write_text("{"), rf"{CONFIG}.* cannot be read"),
     (lambda folder: (folder / CONFIG).write_text("[]"), f"{CONFIG} is not a mapping"),

@@ -73,7 +73,7 @@ def test_a_model_that_is_no_peft_model_has_only_the_layers_that_it_has() -> None
     model = tiny_model("llama", layers=1)
     inject_adapter_in_model(config(4, "v_proj"), model, "first")
     with (
-        pytest.raises(CaptureError, match=rf"{Q}: only other adapters.*PeftModel"),
+        pytest.raises(CaptureError, match=rf"{Q}: other adapters have LoRA.*PeftModel"),
         padded_adapters(model, ["first"], {Q: 4, V: 4}),
     ):
         pass

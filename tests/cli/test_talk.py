@@ -193,7 +193,7 @@ def test_scores_are_of_exact_models_and_of_files_as_shipped(job, monkeypatch) ->
 
 
 UNKNOWN = {
-    "base,frist": "no model or adapter 'frist'.*did you mean first",
+    "base,frist": "no model or adapter is called 'frist'.*did you mean first",
     "second": "has no adapters/second yet.*qwlora train /",
     "onnx/second": "no adapters/second, export/onnx/second.*qwlora train /.*&& qwlora export /",
     "gguf": "not exported to gguf: export.targets of i.*onnx, hf",

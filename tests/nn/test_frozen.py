@@ -149,7 +149,7 @@ def test_a_model_in_distributed_data_parallel_is_refused(tmp_path: Path) -> None
     torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(tiny_model("qwen3"))
-        with pytest.raises(GridError, match=r"DistributedDataParallel.*quantize first"):
+        with pytest.raises(GridError, match=r"DistributedDataParallel.*Quantize first"):
             quantize_(wrapped, "w4-block32", "rtn")
     finally:
         torch.distributed.destroy_process_group()
@@ -275,7 +275,7 @@ def test_nan_and_infinities_are_counted_but_for_the_infinities_of_a_mask() -> No
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(torch.nan, "sequence 2 of 2 .* is nan"), (2e3, "sequence 1 of 2 .* no perplexity")],
+    [(torch.nan, "sequence 2 of 2 .* is nan"), (2e3, "sequence 1 of 2 .* perplexity is undefined")],
 )
 def test_a_perplexity_that_is_no_number_names_what_was_measured(value: float, message: str) -> None:
     def logits(ids: torch.Tensor) -> torch.Tensor:

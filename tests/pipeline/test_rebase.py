@@ -95,7 +95,11 @@ def test_a_wrong_change_leaves_nothing(old: Job, tmp_path: Path, change: str, wo
 
 @pytest.mark.parametrize(
     ("as_it_is", "rebased", "words"),
-    [(10.05, 10.05, "without training"), (11.0, 10.0, "kept"), (12.0, 11.0, "10.0% worse; train more")],
+    [
+        (10.05, 10.05, "without training"),
+        (11.0, 10.0, "kept"),
+        (12.0, 11.0, "10.0% worse; train more"),
+    ],
 )
 def test_verdicts(as_it_is: float, rebased: float, words: str) -> None:
     row: dict[str, Any] = {"old_adapter": 10.0, "as_it_is": as_it_is, "rebased": rebased}

@@ -139,7 +139,7 @@ def test_what_a_file_does_not_say_is_given(tmp_path: Path) -> None:
         freeze_(model, path, prefix="net")
     with pytest.raises(EncodingsFileError, match=r"block_order='channel' or 'tensor' in Python"):
         freeze_(model, path)
-    with pytest.warns(QwloraWarning, match=r"1 entries are .* no packed layer .*: table$"):
+    with pytest.warns(QwloraWarning, match=r"1 entries .* without a packed layer .*: table$"):
         freeze_(model, path, block_order="channel")
     assert torch.equal(model.get_parameter("table"), table)
     packed = packed_weights(model)

@@ -129,7 +129,10 @@ COUNTED = {"kv_channels": 12, "num_local_experts": 4, "num_key_value_heads": 2}
             lambda: model_of("Qwen3Moe", **EXPERTS),
             r"0\.mlp.* reads the norm model\.layers\.0\.post",
         ),
-        (lambda: model_of("JetMoe", **COUNTED), r"tensors of model\.layers\.0\S+ .*rotation: null"),
+        (
+            lambda: model_of("JetMoe", **COUNTED),
+            r"model\.layers\.0\S+ has tensors .*rotation: null",
+        ),
         (WithVision, r"do not reach vision\.bias, vision\.weight"),
         (lambda: tiny_model("llama").bfloat16(), r"embed_tokens\.weight .*model\.float\(\)"),
         (lambda: packed_model("llama", layers=1), r"q_proj\S* holds integers already"),

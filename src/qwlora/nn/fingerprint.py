@@ -116,7 +116,7 @@ def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
 def remember_base_(model: nn.Module, digests: Mapping[str, str] | None = None) -> None:
     """Remember floats and settings of `model` for `changed_since`; `digests` of all tensors, if
     known."""
-    # packed layers are not remembered, because nothing trains integers
+    # packed layers are not remembered, because their integers are never trained
     floats = {
         name: (digests[name] if digests else tensor_digest(name, "", tensor), tensor.dtype)
         for name, tensor in float_tensors(model).items()

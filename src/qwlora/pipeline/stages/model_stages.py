@@ -231,7 +231,7 @@ def train(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[
     updates: dict[str, Any] = {}
     if is_first_process():
         updates = adapter_updates(model)
-        # An adapter from elsewhere names the model it was trained on, which is not this base.
+        # An imported adapter names the model it was trained on, which is not this base.
         for config in model.peft_config.values():
             config.base_model_name_or_path = None
         save_adapter(model, scratch, identity)

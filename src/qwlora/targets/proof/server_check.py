@@ -62,7 +62,7 @@ def verify_server(
     Args:
         folder: exported files of one target, with base/ and a folder for each adapter.
         url: of the server, such as `http://127.0.0.1:8000`. Nothing else is contacted.
-        models: the server's name by `base` or an adapter's name. Empty text: no model is named.
+        models: the server's model name for `base` and for each adapter. An empty name is not sent.
             `lora:N` or `lora:none`: adapter N of llama-server alone, or none. Default: what the
             server lists.
         timeout: seconds, for all requests together.

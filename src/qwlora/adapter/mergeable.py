@@ -96,13 +96,14 @@ def mergeable_(
     before training.
 
     Args:
-        adapter: default: all adapters.
-        weight: gives the float weight [out, in] of the layer at a path, from before it was
-            quantized, as for `initialize_`. Default: unknown, which costs much of the gain.
+        model: a `PeftModel` on a quantized base.
+        adapter: name of the adapter. Default: all adapters.
+        weight: function from a layer's path to its float weight [out, in] before quantization, as
+            for `initialize_`. Default: no float weights, which costs much of the gain.
 
     Raises:
-        TrainingError: a layer is not supported (see the module) or has a forward that was replaced,
-            or there is no such adapter. The model is unchanged.
+        TrainingError: a layer is not supported (see the module), its forward was replaced, or there
+            is no such adapter. The model is unchanged.
     """
     layers = [
         (path, layer, name)

@@ -225,7 +225,6 @@ def _join(path: str, key: object) -> str:
 
 
 def _pairs(cache: Any, path: str) -> list[tuple[Tensor, ...]]:
-    """Keys and values of each layer, from a cache or from pairs."""
     if not isinstance(cache, Cache):
         return list(cache or ())
     pairs = [

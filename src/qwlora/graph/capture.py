@@ -360,12 +360,10 @@ def takes_cache(model: nn.Module) -> bool:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a PEFT model."""
     return getattr(model, "get_base_model", lambda: model)()
 
 
 def _parameters(model: nn.Module) -> set[str]:
-    """Argument names of the model's forward."""
     inner = _unwrapped(model)
     known = inspect.signature(inner.forward).parameters
     # a model that generates may hand on `use_cache` in its **kwargs (LLaVA)
@@ -398,7 +396,6 @@ def token_places(arguments: Mapping[str, Any], name: str) -> Tensor | None:
 
 
 def _separate(tensors: Tensors, rows: int) -> Tensors:
-    """Copies of `tensors`; a single row becomes `rows`."""
     with_axes = [t for t in tensors if t.ndim]
     if not with_axes:
         raise CaptureError("example inputs hold no tensor with an axis; give at least one")

@@ -34,8 +34,6 @@ class _Stop(BaseException):
 
 
 class _Batch(threading.Thread):
-    """One batch, and the thread that runs it."""
-
     # The thread runs the model's own forward, so blocks may be chained in any way, and get masks,
     # position tables and other arguments from the model. A generator cannot pause inside a
     # forward. Only one thread runs at a time. The blocks run in the caller's thread: every

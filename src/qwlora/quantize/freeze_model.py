@@ -107,7 +107,6 @@ def freeze_(
 
 
 def _on_grid(weight: Tensor, encoding: Encoding) -> QuantizedTensor:
-    """The codes of a weight that lies on the grid."""
     values = weight.detach().float()
     quantized = QuantizedTensor(encoding.quantize(values), encoding)
     ones = torch.ones_like(quantized.codes)

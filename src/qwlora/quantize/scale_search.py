@@ -146,7 +146,6 @@ class _Best:
 
 
 def _solver(encode: Callable[[Tensor, Scheme], Encoding]) -> Solve:
-    """Round to nearest on the encoding that `encode` gives."""
 
     def solve(
         weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: None

@@ -200,6 +200,5 @@ class _TunedProduct(torch.autograd.Function):
 
 
 def _tuned(part: PackedWeight, values: Tensor, factor: Tensor) -> Tensor:
-    """`(1 + f) W` for the values of W [out, in]."""
     granularity = part.owner.scheme.granularity
     return (grouped(values, granularity) * (1 + aligned(factor, granularity, 2))).view(values.shape)

@@ -138,7 +138,6 @@ class Quantizer(nn.Module):
         return low is not None and high is not None and bool(low == high)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move encoding and observations to a device."""
         self.device = fn(torch.empty(0)).device
         self.encoding = self.encoding  # the setter moves it
         self.observer = self.observer.to(self.device)

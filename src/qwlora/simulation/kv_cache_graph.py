@@ -244,7 +244,6 @@ def encoding_before(
 
 
 def _with_weights(program: ExportedProgram, source: ExportedProgram) -> ExportedProgram:
-    """`program` with the tensors of `source`."""
     tensors = {canonical_name(name): source.state_dict[name] for name in _used(source)}
     state = dict(program.state_dict)
     for name in _used(program):

@@ -127,7 +127,6 @@ def refuse_ineffective_rules(placements: Sequence[Placement]) -> None:
 
 
 def _decided(value: GraphValue, policy: Policy, rules: Sequence[PlacementRule]) -> GraphValue:
-    """`value` with the decision of the first rule that fits."""
     if value.kind is Kind.BASE:
         return replace(value, reason="a packed weight of the base")
     fitting = [

@@ -527,7 +527,6 @@ class Simulation(nn.Module):
         return dict(zip(self.inputs, self._bound(batch), strict=True))
 
     def _bound(self, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The graph's inputs in order, on its device."""
         return moved(self.captured.bind(batch), device_of(self.graph_module))
 
     def as_model(self) -> SimulatedModel:

@@ -107,7 +107,6 @@ def integers_of(value: Any) -> Integers:
 
 
 def _rectangle(value: Any, what: str) -> npt.NDArray[Any]:
-    """Nested lists as an array of Python's numbers."""
     # dtype object: numpy then keeps integers exact, and lists of different lengths as values.
     array = np.array(value, dtype=object)
     if not array.size:
@@ -368,7 +367,6 @@ def _items(encoding: Entry) -> list[dict[str, Any]]:
 
 
 def _range(encoding: IntegerEncoding) -> tuple[Floats, Floats]:
-    """Lowest and highest value of each grid."""
     # In float32 if the scales are, as in AIMET, so that its files are written back as they were.
     offset, scale = encoding.offset.reshape(-1), encoding.scale.reshape(-1)
     highest = offset + 2**encoding.bitwidth - 1

@@ -353,7 +353,6 @@ def solver_scales(base: Path) -> dict[str, Tensor]:
 
 
 def _calibrate_base(context: JobContext, scratch: Path) -> dict[str, Any]:
-    """Calibrate the base without an adapter."""
     simulation = context.simulate(context.base())
     context.check_rules(simulation.placement)
     report = context.calibrate(simulation)

@@ -131,7 +131,6 @@ def run_host(host: QuantizedGraph, mask: Tensor, positions: Tensor) -> dict[str,
 
 
 def _merge_equal_(graph: Graph, names: set[str]) -> None:
-    """Merge equal calls among the nodes in `names`."""
     first: dict[object, Node] = {}
     for node in list(graph.nodes):
         # an in-place operator may overwrite a value that others read then

@@ -192,7 +192,7 @@ class RecoveryLoss(contextlib.ExitStack):
 def memory_saving(
     model: nn.Module, autocast: bool = False, chunked_loss: bool = True
 ) -> Iterator[None]:
-    """Train with less memory and time until the context ends; see rows 1 and 3 to 5 of the module.
+    """Train with less memory and time until the context ends. See rows 1 and 3 to 5 of the module.
 
         with memory_saving(model):
             for batch in batches:

@@ -97,7 +97,7 @@ def load_documents(
     source: str, held_out: float = 0.2, seed: int = 0, reading: Reading | None = None
 ) -> Documents:
     """Read `source` (a file, a folder, a hub dataset or `python:MODULE:NAME`), and split it into
-    training and held-out documents. `held_out`: share of held-out text. Raises SourceError."""
+    training and held-out documents, a share of `held_out`. Raises SourceError."""
     how = reading or Reading()
     documents, skipped, unused = read_documents(source, how)
     if how.evaluation is None:

@@ -66,7 +66,7 @@ _WRAPPED = ("base_layer", "original_module", "model", "base_model")
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 (hex) of the base inside `model`, which may have adapters; see the module."""
+    """SHA-256 of the base inside `model`, as hex digits. Adapters do not change it."""
     return fingerprint_of(tensor_digests(model), model)
 
 

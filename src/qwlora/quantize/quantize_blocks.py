@@ -210,7 +210,7 @@ class _BlockCache:
         update_digest(self._digest, [revisions, settings, *named_inputs(batches)])
         inside = tuple(f"{block}." for block in blocks)
         for name, (_, tensor) in base_tensors(model).items():
-            # If the checkpoint is larger than memory, tensors that were not read yet have no values.
+            # In a checkpoint larger than memory, tensors that were not read yet have no values.
             if not name.startswith(inside) and not tensor.is_meta:
                 update_digest(self._digest, [name, tensor])
 

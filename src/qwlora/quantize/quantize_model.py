@@ -79,7 +79,7 @@ class BaseSize:
 
 @dataclass(frozen=True, repr=False)
 class QuantizeReport:
-    """The size of the base, and a `LayerReport` for each quantized tensor by canonical name."""
+    """The size of the base, and the solver and error of each quantized tensor by canonical name."""
 
     size: BaseSize
     layers: dict[str, LayerReport] = field(default_factory=dict)
@@ -107,7 +107,7 @@ def quantize_(
     budget: BitBudget | None = None,
     track: Track = untracked,
 ) -> QuantizeReport:
-    """Quantize the layers of `model` in place: `W` becomes `W_hat = (codes + offset) * scale`.
+    """Quantize the layers of `model` in place: W becomes `W_hat = (codes + offset) * scale`.
 
     Args:
         model: the float model, with or without PEFT's wrappers.

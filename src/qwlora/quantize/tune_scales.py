@@ -102,11 +102,9 @@ def tune_(
     track: Track = untracked,
 ) -> TuningReport:
     """Tune scales of packed linear layers and weights of norms in place, to match the logits of
-    `teacher`:
+    `teacher`. The tuned values are kept only if held-out sequences improve.
 
         minimize    mean over tokens  KL( softmax(teacher) || softmax(model) ),  in nats
-
-    The tuned values are kept only if held-out sequences improve.
 
     Args:
         model: the quantized base.

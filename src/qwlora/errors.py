@@ -50,7 +50,7 @@ def escaped(text: str) -> str:
 
 
 def shortened(text: str, most: int = 2000) -> str:
-    """`text`, cut after `most` characters; the number of those left out is added."""
+    """`text`, cut after `most` characters; the number of omitted characters is added."""
     if len(text) <= most:
         return text
     return f"{text[:most]}... ({len(text) - most:,} more characters)"
@@ -280,7 +280,7 @@ def file_being_read(error: BaseException) -> str | None:
 
 
 def described(error: BaseException) -> str:
-    """`error` in words, with its class where its own text is less than a sentence."""
+    """The message of `error`, after its class name if the message is a single word."""
     text = str(error).strip()
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

@@ -81,7 +81,7 @@ def test_what_reads_other_bytes_runs_again(job: FakeJob) -> None:
     reason = "calibrate/first has changed"
     assert f"export/onnx/first ... ({reason})" in job.said
     damage(job.out / "base" / "weights.bin")
-    with pytest.raises(DirectoryError, match=r"(?s)differently, first:\n  quantize has changed"):
+    with pytest.raises(DirectoryError, match=r"(?s)train first again, .*:\n  quantize has changed"):
         job.run()
     assert job.ran == ["quantize", "evaluate/base"]
 
@@ -124,7 +124,7 @@ CHANGES = {
 def test_an_adapter_that_is_trained_differently_is_replaced_only_on_request(job, setting) -> None:
     change, named = CHANGES[setting]
     job.run(changes=[setting])
-    again = rf"(?s)trained differently, first:.*{named}.*, add --replace first to the command"
+    again = rf"(?s)train first again, because .*:.*{named}.*, add --replace first to the command"
     for replace, message in (((), again), (("third",), "--replace third: the recipe has first")):
         with pytest.raises(DirectoryError, match=message):
             job.run(changes=[setting, change], replace=replace)

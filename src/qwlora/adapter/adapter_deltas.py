@@ -1,5 +1,4 @@
-"""The deltas of an adapter next to the frozen weights: how large they are, what merging them would
-lose, and merging itself.
+"""The deltas of an adapter: their size, the loss from merging them, and merging itself.
 
     delta     dW = scaling * lora_B lora_A        [out, in], rank r
     gain      |dW| / |W|                          Frobenius norms, W the frozen weight
@@ -11,11 +10,11 @@ An adapter is merged in one of two ways:
 
     float         W_hat + dW as a float model: computes the same as base and adapter, but is as
                   large as the float model
-    requantized   W_hat + dW rounded onto the base's grid: as small as the base, but an entry of the
-                  delta below half a step is lost, and a larger one is rounded to whole steps
+    requantized   W_hat + dW rounded onto the base's grid: as small as the base, but entries of the
+                  delta below half a step are lost, and larger ones are rounded to whole steps
 
-`W_hat` are the dequantized weights of the base, never the original float weights. Both ways compute
-what was trained if the adapter is mergeable (`mergeable.py`).
+`W_hat` are the dequantized weights of the base, never the original float weights. For mergeable
+adapters (`mergeable.py`), both ways are exact.
 """
 
 from __future__ import annotations
@@ -176,7 +175,13 @@ def _shared_weight(module: nn.Module) -> int | None:
 
 
 def merged_model(adapted: PeftModel, into: Into = "requantized") -> PreTrainedModel:
-    """Merge the active adapter and return the model. Destroys `adapted`. See the module.
+    """Merge the active adapter. Destroys `adapted`.
+
+    Args:
+        into: `float` for `W_hat + dW`, or `requantized` for the same rounded onto the base's grid.
+
+    Returns:
+        The model without PEFT's wrappers.
 
     Raises:
         SourceError: a setting of the adapter is not supported.

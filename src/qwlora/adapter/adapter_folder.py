@@ -52,9 +52,9 @@ def save_adapter(
 
     Args:
         model: a `PeftModel`, or a model after `peft.inject_adapter_in_model`.
-        base_fingerprint: default: computed.
-        adapter: the one to write, directly into `folder`. Default: all; PEFT gives each but
-            `default` a folder of its own.
+        base_fingerprint: fingerprint of the base, if known. Default: computed.
+        adapter: the adapter to write, directly into `folder`. Default: all; as in PEFT, each
+            adapter except `default` gets a subfolder.
 
     Raises:
         SourceError: the model has no such adapter, or it has a setting that is not supported.
@@ -142,10 +142,15 @@ def load_adapter(
     error, `model` is unchanged.
 
     Args:
-        adapter_name: its name in the model. A model that has adapters keeps its active one.
-        unknown_base: whether to `refuse` or `accept` an adapter that does not record which base it
-            was trained on, such as one that PEFT saved. `other`: also one of another base.
-        weight: of a mergeable adapter that was trained with float weights, these; see `mergeable_`.
+        model: the base, with or without adapters.
+        is_trainable: whether the adapter's parameters require gradients.
+        unknown_base: whether to `refuse` or `accept` an adapter that does not record its base, such
+            as one that PEFT saved. `other`: also accept an adapter trained on another base.
+        adapter_name: name of the adapter in the model. It becomes active if it is the only one.
+        weight: float weights, for a mergeable adapter that was trained with them; see `mergeable_`.
+
+    Returns:
+        The PEFT model.
 
     Raises:
         SourceError: the folder has no adapter. Or the adapter does not record its base, is damaged,

@@ -10,16 +10,15 @@
     U S V^T = svd(K^T D L)                   (K = L = 1 for svd)
     B = K^-T U_k S_k C / sqrt(s),            A = C^-1 V_k^T L^-1 / sqrt(s)
 
-C is diagonal and makes each column of B as long as the same row of A L; or, where a step of Adam
-would move outputs further through A (sqrt(tr R) |B|) than through B (sqrt(out) |A L|),
+C is diagonal. It makes each column of B as long as the same row of A L. If a step of Adam would
+move outputs further through A (sqrt(tr R) |B|) than through B (sqrt(out) |A L|), the column is
 sqrt(out / tr R) times as long.
 
-A share of each layer's ranks corrects; the others keep PEFT's default and are free for training. If
-scales were tuned after the solver, W_hat is the solver's result: tuned layers compensate for one
-another, and a correction would undo that. R and G are of the frozen base on the adapter's text.
-
-With G = 1 it is the exact solution of QERA (https://arxiv.org/abs/2410.06040), and that of CLoQ
-(https://arxiv.org/abs/2501.18475).
+A share of each layer's ranks corrects the error; the others keep PEFT's default and are free for
+training. If scales were tuned after the solver, W_hat is the solver's result: tuned layers
+compensate for each other, and a correction would undo that. R and G are measured on the frozen base
+with the adapter's text. With G = 1 this is the exact solution of QERA
+(https://arxiv.org/abs/2410.06040) and CLoQ (https://arxiv.org/abs/2501.18475).
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class InitReport:
 
 
 class InitReports(dict[str, InitReport]):
-    """The report of each initialized layer, by canonical path."""
+    """The error before and after initialization of each layer, by canonical path."""
 
     def __repr__(self) -> str:
         if not self:
@@ -87,11 +86,12 @@ def initialize_(
     layers keep PEFT's default.
 
     Args:
-        weights: the float model; or canonical path to the float weight [out, in] that the layer was
-            quantized from.
-        moments: canonical path, and R and G, of each layer. Required by qera (`observe_moments`).
-        share: share of a layer's ranks that correct, rounded up; in (0, 1].
-        solver_scales: canonical path of a tuned layer to its scale before tuning
+        init: `zero`, `svd` or `qera`; the module has the equations.
+        weights: the float model, or a function from a layer's canonical path to the float weight
+            [out, in] that it was quantized from.
+        moments: R and G of each layer by canonical path (`observe_moments`). Required by qera.
+        share: share of a layer's ranks that correct the error, rounded up; in (0, 1].
+        solver_scales: scales before tuning, by canonical path of the tuned layer
             (`TuningReport.solver_scales`).
 
     Returns:
@@ -99,7 +99,7 @@ def initialize_(
 
     Raises:
         TrainingError: no layer fits `init`, moments of a layer are missing or not finite, or
-            `solver_scales` are of another base. Layers before it are initialized: call it again.
+            `solver_scales` are of another base. Earlier layers are initialized: call it again.
     """
     if init == "zero":
         return InitReports()

@@ -6,21 +6,21 @@
 The grid is the base's own: scales and offsets stay, whatever they are (`PackedTensor.plus`). An
 untrained adapter (lora_B = 0) computes the base, bit for bit.
 
-r is what quantization left of the float weight, (W_float - W_hat) / s, at one of 16 levels from
--8/16 to 7/16: a small Delta moves weights that were nearly rounded the other way. Without the float
-model r is 0, and only entries of Delta above half a step count (docs/log/training.md). Merging
-needs the same float weights; the adapter records their digest.
+r is the base's rounding error in steps, (W_float - W_hat) / s, at one of 16 levels from -8/16 to
+7/16. With r, a small Delta can flip weights that are close to a rounding boundary. Without the
+float model r is 0, and only entries of Delta above half a step count (docs/log/training.md).
+Merging needs the same float weights; the adapter records their digest.
 
-Gradients are straight-through: dL/dx is that of q', and lora_A and lora_B get what an ordinary
-adapter would, `dL/dDelta = (dL/dy)^T x`.
+Gradients are straight-through: dL/dx is computed with q', and lora_A and lora_B get the gradients
+of an ordinary adapter, `dL/dDelta = (dL/dy)^T x`.
 
     mergeable_(peft_model, weight=...)    before training
     merged_model(peft_model)              afterwards (`adapter_deltas.py`), or PEFT's
                                           merge_and_unload()
 
-One adapter at a time, and not for DoRA, dropout, biases, fused experts, grouped convolutions and
-layers that the base keeps as floats. PEFT without this package computes y = W x + Delta x, which is
-not what was trained.
+It supports one adapter at a time, and no DoRA, dropout, biases, fused experts, grouped convolutions
+or float base layers. PEFT without this package computes y = W x + Delta x, which differs from
+training.
 
 Relies, beyond PEFT's documented interfaces (0.21.2), on `LoraVariant` and attributes of its layers.
 """
@@ -96,13 +96,14 @@ def mergeable_(
     before training.
 
     Args:
-        adapter: default: all adapters.
-        weight: gives the float weight [out, in] of the layer at a path, from before it was
-            quantized, as for `initialize_`. Default: unknown, which costs much of the gain.
+        model: a `PeftModel` on a quantized base.
+        adapter: name of the adapter. Default: all adapters.
+        weight: function from a layer's path to its float weight [out, in] before quantization, as
+            for `initialize_`. Default: no float weights, which costs much of the gain.
 
     Raises:
-        TrainingError: a layer is not supported (see the module) or has a forward that was replaced,
-            or there is no such adapter. The model is unchanged.
+        TrainingError: a layer is not supported (see the module), its forward was replaced, or there
+            is no such adapter. The model is unchanged.
     """
     layers = [
         (path, layer, name)

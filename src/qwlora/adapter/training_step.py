@@ -192,16 +192,16 @@ class RecoveryLoss(contextlib.ExitStack):
 def memory_saving(
     model: nn.Module, autocast: bool = False, chunked_loss: bool = True
 ) -> Iterator[None]:
-    """Train in less memory and time until the context ends. See rows 1 and 3 to 5 of the module.
+    """Train with less memory and time until the context ends. See rows 1 and 3 to 5 of the module.
 
         with memory_saving(model):
             for batch in batches:
                 model(**batch).loss.backward()
 
-    Losses and gradients are the same up to rounding order.
+    Losses and gradients are the same up to the order of rounding.
 
     Args:
-        model: on the device where it is trained.
+        model: the model, on the device where it is trained.
         autocast: whether the forward runs under autocast.
         chunked_loss: compute `model(ids, labels=ids).loss` without the logits of the whole batch,
             see `ChunkedLoss`. False for a loss of your own, which needs the logits, or for a model

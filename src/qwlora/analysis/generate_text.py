@@ -1,4 +1,4 @@
-"""Text from a causal language model, as it is generated.
+"""Generate text with a causal language model and pass it on as it is generated.
 
     ids = prompt_ids(tokenizer, [{"role": "user", "content": "What is a scale?"}])
     answer = generate_text(model, tokenizer, ids, Sampling(max_new_tokens=50), write=print)
@@ -27,8 +27,8 @@ from qwlora.system.progress import Track, untracked
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: always the likeliest at temperature 0, else from softmax(logits /
-    temperature), over the whole vocabulary."""
+    """How tokens are chosen: the likeliest token at temperature 0, else a sample from
+    softmax(logits / temperature) over the whole vocabulary."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -125,11 +125,14 @@ def sample_sequences(
     seed: int = 0,
     track: Track = untracked,
 ) -> Int64[Tensor, "count tokens"]:
-    """Text that a model writes by itself: a random first token, then samples from softmax(logits /
-    temperature). No prompt and no template; an end of text is followed by whatever the model puts
-    after one. Equal arguments give equal text on one machine.
+    """Generate text without a prompt or a template: a random first token, then samples from
+    softmax(logits / temperature). Generation continues after an end-of-text token. Equal arguments
+    give equal text on one machine.
 
     Source: LLM-QAT (Liu et al. 2023, https://arxiv.org/abs/2305.17888).
+
+    Returns:
+        Token ids, `count` sequences of `tokens` each.
 
     Raises:
         NonFiniteError: the model's logits are not finite.
@@ -163,8 +166,6 @@ def sample_sequences(
 
 
 class _Streamer(TextStreamer):
-    """Passes text on, and takes the time of each token."""
-
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._write = write

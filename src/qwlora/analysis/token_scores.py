@@ -41,8 +41,8 @@ Logits = Callable[[Tensor], Tensor]
 
 
 def logits_of(model: Callable[..., Any]) -> Logits:
-    """A function from token ids to the logits of a causal language model of transformers, on the
-    model's device."""
+    """A function from token ids [1, tokens] to the logits [1, tokens, vocabulary] of a transformers
+    causal language model, on its device."""
 
     def logits(ids: Tensor) -> Tensor:
         result: Tensor = model(ids.to(device_of(model)), use_cache=False).logits
@@ -62,7 +62,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """The loss tokens of some sequences, in order."""
+    """Negative log-likelihoods of the loss tokens of some sequences, in order."""
 
     nll: Float64[Tensor, " tokens"]  # negative log-likelihood, nats
     sequences: Int64[Tensor, " tokens"]  # the sequence of each token
@@ -133,7 +133,7 @@ def score_tokens(
     ids. Processes that share a stage run different sequences, and get the scores of all.
 
     Args:
-        reference: logits of the model to compare with; runs on each sequence after the other.
+        reference: logits of the model to compare with; runs on each sequence after `logits`.
     """
     data = as_sequences(sequences)
     parts, numbers, documents = dict[int, tuple[Tensor, ...]](), list[Tensor](), list[Tensor]()

@@ -193,7 +193,6 @@ def _open(
 
 
 def _read_line() -> str | None:
-    """The next message; None at the end of the input."""
     # `input` gets line editing and a history from this module, if it is imported.
     if is_terminal := sys.stdin.isatty():
         import readline  # noqa: F401

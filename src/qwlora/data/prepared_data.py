@@ -1,4 +1,4 @@
-"""Documents and a tokenizer to all the sequences that the stages read."""
+"""Turn documents into the sequences that the stages read, with a tokenizer."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ if TYPE_CHECKING:
 
     from qwlora.data.sequences import Counts, Sequences
 
-NOTABLE_LOSS = 0.05  # of a part; above, users are told
-PROMPT_TOKENS = 32  # of running text
+NOTABLE_LOSS = 0.05  # share of the training or held-out text; more is reported to the user
+PROMPT_TOKENS = 32  # length of a prompt from running text
 
 
 @dataclass(frozen=True)
 class Cutting:
-    """How tokens become sequences, and how many of these are read.
+    """How tokens become sequences, and how many sequences are read.
 
     Args:
+        sequence_tokens: tokens per sequence.
         packing: join, documents or none; default: join for running text, else documents.
-        turns: of a conversation: together or apart.
-        prompt_format: of completions: auto (the chat template, if there is one) or plain.
-        evaluation_sequences, calibration_sequences: at most; default: all.
+        turns: turns of a conversation in one sequence (together) or separate (apart).
+        prompt_format: format of completions: auto (the chat template, if there is one) or plain.
+        evaluation_sequences, calibration_sequences: largest number; default: all.
         most_lost: largest share of the training or held-out text that may be lost.
     """
 
@@ -52,7 +53,7 @@ class PreparedText:
     """Documents as sequences, for training, evaluation and calibration.
 
     Args:
-        train, held_out: sequences; the held-out ones have no position_ids.
+        train, held_out: sequences; held-out sequences have no position_ids.
         joined_ids: int64 [count, tokens], concatenated training documents.
     """
 

@@ -1,8 +1,8 @@
-"""Which files a source consists of, and the documents in them, all of one kind.
+"""Find the files of a source, and read their documents, which must be of one kind.
 
-docs/data.md lists the sources. In a folder, all visible files of these kinds are read; with a
-split, those named after it. A compressed file or spreadsheet is an error if it belongs to the
-split. Files of other kinds (images, code, checksums) are ignored.
+docs/data.md lists the sources. In a folder, all visible files of these kinds are read, or those
+named after the split. Compressed files and spreadsheets among them are an error. Files of other
+kinds (images, code, checksums) are ignored.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _REMEDIES = {
         "save its records as .jsonl, .csv or .parquet"
     ),
 }
-# Longest first, so that it is .jsonl that a.jsonl.bak contains, not .json.
+# Longest first, so that a.jsonl.bak matches .jsonl, not .json.
 _RECORD_WITHIN = re.compile(
     rf"({'|'.join(map(re.escape, sorted(RECORD_SUFFIXES, key=len, reverse=True)))})(?![a-z])"
 )
@@ -63,13 +63,13 @@ _SPLITS = {
 
 @dataclass(frozen=True)
 class Reading:
-    """How the recipe wants a source to be read.
+    """How to read a source.
 
     Args:
-        columns: column of each field that is not found by its name.
-        split, subset: which ones of a dataset that has several.
+        columns: column name of each field that has another name in the source.
+        split, subset: split and subset of a dataset that has several.
         skip_empty: skip empty records instead of refusing them.
-        keep_repeated: let content be in the training and the held-out part.
+        keep_repeated: allow the same content in the training and the held-out part.
         evaluation: source of the held-out documents, or a split of the same source.
     """
 
@@ -97,7 +97,7 @@ def load_documents(
     source: str, held_out: float = 0.2, seed: int = 0, reading: Reading | None = None
 ) -> Documents:
     """Read `source` (a file, a folder, a hub dataset or `python:MODULE:NAME`), and split it into
-    training and held-out documents; see `read_documents` and `split_documents`."""
+    training and held-out documents, a share of `held_out`. Raises SourceError."""
     how = reading or Reading()
     documents, skipped, unused = read_documents(source, how)
     if how.evaluation is None:
@@ -126,7 +126,7 @@ def read_documents(source: str, how: Reading) -> tuple[list[Document], int, tupl
     with text that is in no document.
 
     Raises:
-        SourceError: the source is missing or empty, or a record is bad (file and line are named).
+        SourceError: the source is missing or empty, or a record is bad (with its file and line).
     """
     reader, path = _Reader(how), user_path(source)
     is_module = source.startswith("python:")
@@ -157,7 +157,7 @@ def read_documents(source: str, how: Reading) -> tuple[list[Document], int, tupl
 
 @dataclass
 class _Reader:
-    """Collects documents; the first record determines the columns of all."""
+    """Collects documents. The first record determines the columns of all records."""
 
     reading: Reading
     documents: list[Document] = field(default_factory=list)
@@ -236,12 +236,12 @@ def _constant_of_module(source: str) -> Any:
         if isinstance(statement, ast.Assign | ast.AnnAssign)
         and any(name in ast.iter_child_nodes(statement) for name in stored)
     ]
-    # After a second assignment or a `+=`, the first value is not the module's.
+    # After a second assignment or a `+=`, the module has another value than the first.
     if len(stored) != 1 or not values:
         raise SourceError(
             f"data source {source!r}: python:MODULE:ATTRIBUTE needs an installed module whose "
             "source code assigns a constant to ATTRIBUTE exactly once. Modules are not run; save "
-            "what they compute as a text file"
+            "computed text as a file"
         )
     with foreign_as(SourceError, f"data source {source!r} is not a constant", "save it as a file"):
         return ast.literal_eval(values[0] or "")
@@ -264,7 +264,7 @@ def _is_dataset_id(source: str) -> bool:
     """Whether `source` is `owner/name`, and not more likely a mistyped path."""
     if not is_hub_id(source):
         return False
-    # `data/train.jsonl` is not there, rather than a dataset of the user `data`.
+    # `data/train.jsonl` is more likely a missing file than a dataset of the user `data`.
     known = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
     return Path(source).suffix.lower() not in known and _refusal(Path(source)) is None
 
@@ -273,7 +273,7 @@ def _refusal(file: Path) -> str | None:
     """Why a file of this name is refused and what to do; None if it can be read."""
     if file.suffix.lower() in (*TEXT_SUFFIXES, *RECORD_SUFFIXES):
         return None
-    # A file of unknown kind is running text, so a.jsonl.bak would be trained on as such.
+    # A file of unknown kind is read as running text, and so would be a.jsonl.bak.
     if (within := _RECORD_WITHIN.search(file.name.lower())) and not _remedy(file):
         return (
             f"its name contains {within[1]} but does not end in it: rename it to end in "
@@ -290,14 +290,14 @@ def _remedy(file: Path) -> str | None:
 
 
 def _files_of(folder: Path, split: str | None) -> list[Path]:
-    """The files of `folder` with its documents, or with those of `split`, all of one kind."""
+    """The files of `folder` that hold its documents (or those of `split`), all of one kind."""
     where = f"data folder {str(folder)!r}"
 
     def named(files: Iterable[Path], most: int = 1) -> str:
         return listed((file.relative_to(folder).as_posix() for file in files), most)
 
-    # `glob` follows links to folders, which `Path.rglob` of Python 3.11 does not, and leaves out
-    # hidden files. A link may lead to a folder that is reached without it, too.
+    # `glob` skips hidden files and follows links to folders, which `Path.rglob` of Python 3.11 does
+    # not. A link may lead to a folder that was already read.
     paths = map(folder.joinpath, glob.glob("**", root_dir=folder, recursive=True))
     once = {(os.path.realpath(p.parent), p.name): p for p in sorted(paths, reverse=True)}
     visible = sorted(p for p in once.values() if p.is_file())
@@ -307,8 +307,8 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
         p for p in visible if p.suffix.lower() in RECORD_SUFFIXES and p.name != "dataset_infos.json"
     ]
     unreadable = [p for p in visible if _remedy(p)]
-    # A dataset's card is no running text. Nobody should train on one because its records cannot be
-    # read, so it counts only in a folder of running text.
+    # Dataset cards next to records are ignored: nobody should train on a card because the records
+    # cannot be read. In a folder of running text, they count as text.
     contents = [p for p in texts if p.stem.lower() not in _CARDS]
     if records or unreadable or (not contents and len(texts) < len(visible)):
         texts = contents
@@ -318,8 +318,8 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
             f"{', '.join((*TEXT_SUFFIXES, *RECORD_SUFFIXES))}); it holds {named(visible, 4)}. Save "
             "its records as one of these. To train on a dataset's card, name its file"
         )
-    # As on the hub, a split or a synonym stands between separators in the name of a file
-    # (`my_test.jsonl`, `train-00000-of-00001.parquet`), or else of a folder (`train/0.jsonl`).
+    # As on the hub, file names (`my_test.jsonl`, `train-00000-of-00001.parquet`) or else folder
+    # names (`train/0.jsonl`) contain the split or a synonym between separators.
     if split is not None:
         words = "|".join(map(re.escape, _SPLITS.get(split, (split,))))
         of_split = re.compile(rf"(?:^|[-._ 0-9/])(?:{words})(?:[-._ 0-9/]|$)")

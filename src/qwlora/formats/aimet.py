@@ -2,7 +2,7 @@
 
     codes = quantize(float weight)      with the encoding of the entry that has the parameter's name
 
-All four versions of encodings files are supported. What an entry does depends on its parameter:
+All four versions of encodings files are supported. The effect of an entry depends on its parameter:
 
     matrix, up to 8 bits              becomes integers
     vector (norm, bias), up to 16     is rounded to the grid and stays float; it has no packed layer
@@ -102,7 +102,7 @@ def _check_fit(weight: Tensor, quantized: QuantizedTensor) -> None:
     if stated_db < min(LEAST_SQNR, range_db - WORSE):
         ones = torch.ones_like(quantized.codes)
         step = quantized.encoding.dequantize(ones) - quantized.encoding.dequantize(ones - 1)
-        # Rounding is off by half a step at most; what is off by more was clipped.
+        # Rounding errors are half a step at most, so values with larger errors were clipped.
         clipped = int(((weight - values).abs() > 0.51 * step).sum())
         raise GridError(
             f"its encoding leaves an SQNR of {stated_db:.1f} dB, where the range of the weight "
@@ -118,8 +118,8 @@ def matched_encodings(
     block_order: BlockOrder | None = None,
     prefix: str | None = None,
 ) -> dict[str, Encoding]:
-    """The grids that an encodings file gives to the parameters of a model, [out, in]; tied
-    parameters have the first of their names.
+    """The grids that an encodings file gives to the parameters of a model, [out, in]. A tied
+    parameter has its first name.
 
     Args:
         model: the float model; it may be on the meta device.
@@ -127,8 +127,8 @@ def matched_encodings(
             entry for them (`"lm_head*"`).
         block_order: the order of blocks in a 1.0.0 file that does not determine it (see
             `qwlora.formats.aimet_encodings.grids`).
-        prefix: what every name has in front in the file and not in the model, or in the model and
-            not in the file (`"m."`). Default: the one with which most names agree.
+        prefix: prefix that names have only in the file or only in the model (`"m."`). Default: the
+            prefix with which most names agree.
 
     Raises:
         EncodingsFileError: the file cannot be read, several prefixes fit alike, a glob matches
@@ -193,7 +193,7 @@ def matched_encodings(
             )
     if problems:
         raise EncodingsFileError(str(path), problems)
-    # 2.x does not separate activations, but their names end otherwise.
+    # 2.x does not separate activations, but their names end differently.
     if file.parameters is None:
         ends = tuple(f".{name.rpartition('.')[2]}" for name in parameters)
         unknown = [n for n in unknown if any(name.endswith(ends) for name, _ in _candidates(n))]
@@ -210,7 +210,7 @@ def matched_encodings(
 
 
 def _candidates(name: str) -> Iterator[tuple[str, bool]]:
-    """The names of the parameters that an entry can be of, and whether its tensor is transposed."""
+    """The parameter names that an entry can belong to, and whether its tensor is transposed."""
     # A copy of a transposed weight has both endings: `fc.weight_dup_12_0`.
     is_transposed = False
     yield name, is_transposed
@@ -224,8 +224,8 @@ def _candidates(name: str) -> Iterator[tuple[str, bool]]:
 def _prefix(
     path: str, names: Collection[str], parameters: Collection[str], prefix: str | None
 ) -> tuple[str, str]:
-    """What to remove from the names of a file, or to add to them, for names of parameters."""
-    # What is before each end of a parameter's name. With this table, the time is linear: comparing
+    """The prefix to remove from a file's names, or to add to them, to get parameter names."""
+    # The prefixes of each suffix of a parameter name. With this table the time is linear; comparing
     # each entry with each parameter would be quadratic.
     ends = defaultdict[str, list[str]](list)
     for name in parameters:
@@ -257,7 +257,7 @@ def _prefix(
 
 
 def _starts(name: str) -> Iterator[str]:
-    """What can be a prefix of a name: nothing, and up to eight modules."""
+    """Possible prefixes of a name: nothing, and up to eight modules."""
     parts = name.split(".", 8)
     return (".".join([*parts[:i], ""]) for i in range(len(parts)))
 

@@ -1,5 +1,5 @@
-"""The files of a QWLoRA base: what `base_folder.py` describes, written tensor by tensor and read
-with every check.
+"""Write the files of a QWLoRA base (`base_folder.py`) tensor by tensor, and read them with all
+checks.
 
 Loading builds the model without data, inserts empty packed layers, checks all tensor names, shapes
 and types against it, and maps the files into memory. Each tensor is read once to check its digest.
@@ -262,7 +262,7 @@ def _check_rebuilt(folder: Path, name: str) -> None:
 
 
 def _class_of(model: nn.Module) -> tuple[str, str | None]:
-    """The library whose class `load_base` will build, and the class; `BY_CALLER`: it cannot."""
+    """The library and the class that `load_base` will build. `BY_CALLER`: it cannot build it."""
     kinds = type(model).__mro__
     # Code of a model's own folder is found by the configuration (auto_map), not by a class name.
     if any(_is_remote(kind) for kind in kinds):
@@ -280,14 +280,13 @@ def _class_of(model: nn.Module) -> tuple[str, str | None]:
 
 
 def _is_remote(kind: type) -> bool:
-    """Whether the class is from Python code in a model's folder."""
     return kind.__module__.startswith("transformers_modules.")
 
 
 class BaseCheckpoint(Checkpoint):
-    """The base in `folder`, as a `Checkpoint` whose integers another job can freeze again, or to
-    load it into a model (`load_into_`; transformers calls its parts). Each tensor is compared with
-    its digest in base.json when it is read.
+    """The base in `folder`: a `Checkpoint` whose integers another job can freeze again, and the
+    loader of the base (`load_into_`; transformers calls its parts). When a tensor is read, it is
+    compared with its digest in base.json.
 
     Args:
         config: the configuration; default: that of the folder.
@@ -400,7 +399,7 @@ class BaseCheckpoint(Checkpoint):
 
     @contextmanager
     def _layer(self, layer: str) -> Iterator[None]:
-        """Raise as a GridError of this layer what a bad record or bad numbers raise inside."""
+        """Turn errors from a bad record or bad numbers into a GridError that names this layer."""
         try:
             yield
         except (AttributeError, ValueError, RuntimeError) as error:
@@ -414,8 +413,8 @@ class BaseCheckpoint(Checkpoint):
             raise GridError(f"{what}: {why}; quantize again") from error
 
     def load_into_(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Load everything stored into a model without data; floats of it that are not part of a
-        packed weight become `dtype`."""
+        """Load all stored tensors into a model without data. Floats outside packed weights become
+        `dtype`."""
         names = self.place_packed_(model)
         for name, tensor in self.verified(model, check_configuration=True):
             is_cast = tensor.is_floating_point() and not self.layouts[name]
@@ -438,7 +437,7 @@ class BaseCheckpoint(Checkpoint):
                 layer = place_empty_(model, name, scheme)
                 if layer.tensor.shape != shape:
                     raise GridError(f"its shape is {list(shape)}, not {list(layer.tensor.shape)}")
-        # Only then is a head on the embedding's codes, and not a tensor that the files lack.
+        # Tied after packing: a head that shares the embedding's codes is in no file.
         if isinstance(model, PreTrainedModel):
             tie_weights_(model)
         names, stored = tensor_names(model), set(self.files.names())
@@ -460,7 +459,7 @@ class BaseCheckpoint(Checkpoint):
     def verified(
         self, model: nn.Module, check_configuration: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor, as a view of the mapped file, of everything stored.
+        """Name and tensor (a view of the mapped file) of all stored tensors.
 
         Raises:
             FingerprintError: one differs from its digest; or, after the last one
@@ -484,7 +483,7 @@ class BaseCheckpoint(Checkpoint):
             )
 
     def finish_(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Check the grids, and note on the model which base it is."""
+        """Check the grids, and store on the model which base it is."""
         for name, layer in model.named_modules():
             if isinstance(layer, PackedLayer):
                 layer.compute_dtype = dtype
@@ -516,7 +515,6 @@ def _kind(tensor: Tensor | None) -> str:
 
 
 def _is_stored(layer: nn.Module) -> TypeGuard[PackedLayer]:
-    """Whether a module is a packed layer with codes of its own."""
     return is_packed(layer) and not layer.is_tied
 
 

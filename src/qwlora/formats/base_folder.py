@@ -8,17 +8,16 @@
                              without it is not a base
       config.json, ...       the model's configuration and tokenizer, as Hugging Face writes them
 
-A model of diffusers has the config.json of its own library, and loads by `load_base`; for any other
-module there is none: the caller builds the float model.
+`load_base` also loads diffusers models from their own config.json. Other modules have none, so the
+caller builds the float model.
 
-transformers loads the same model, with the same checks, in the dtype and on the devices that it
-chooses:
+transformers loads the same model with the same checks, and chooses the dtype and devices:
 
     import qwlora.hf
     model = AutoModelForCausalLM.from_pretrained("out/base", device_map="auto")
 
-`save_pretrained` writes a base. Refused: quantizing a float model while it is loaded, offloading to
-disk, tensor parallelism. Written for transformers 5.24.
+`save_pretrained` writes a base. Quantizing a float model while loading it, offloading to disk and
+tensor parallelism are refused. Written for transformers 5.24.
 """
 
 from __future__ import annotations
@@ -54,15 +53,14 @@ def save_base(
     """Save the frozen base of `model`, without adapters, in `folder`.
 
     Args:
-        model: a model with packed layers: of transformers or diffusers, or any other module, which
-            `load_base` then has to be given.
+        model: a model with packed layers. Unless it is from transformers or diffusers, `load_base`
+            needs its float model.
         folder: created if needed.
         tokenizer: saved with the base.
-        source: where the model came from; recorded in base.json. Default: what its configuration
-            says.
+        source: origin of the model, recorded in base.json. Default: the model's `name_or_path`.
 
     Returns:
-        The fingerprint.
+        The fingerprint of the base.
 
     Raises:
         GridError: the model has no packed layers, or they are not frozen.
@@ -83,14 +81,16 @@ def load_base(
     """Load a base that `save_base` wrote, in evaluation mode.
 
     Args:
-        model: the float model, whose layers are replaced by those of the base; also on the meta
-            device. Needed if the base cannot be built from its files. If loading fails, some of its
+        model: the float model, on any device or meta, whose layers are replaced by those of the
+            base. Needed if the base cannot be built from its files. If loading fails, some of its
             layers may be replaced: build it again.
-        dtype: the type of the float tensors. Scales keep theirs, and the fingerprint is the saved
-            one.
-        device: where to put the model.
+        dtype: type of the float tensors. Scales keep their type; the fingerprint does not change.
+        device: device of the model.
         trust_remote_code: run the model's own Python code. The base's folder contains it if the
             recipe set model.trust_remote_code.
+
+    Returns:
+        The model with packed layers, ready for PEFT.
 
     Raises:
         SourceError: the folder is not a base, has another format version, needs `model` or
@@ -130,7 +130,7 @@ class QwloraQuantizer(HfQuantizer):
         return True
 
     def is_serializable(self) -> bool:
-        # Asked by transformers' own method, which here writes only floats or an adapter.
+        # transformers' own method asks; here it writes only floats or an adapter.
         return True
 
     def validate_environment(self, device_map: Any = None, **unused: Any) -> None:
@@ -221,7 +221,7 @@ def _folder_of(weights: Path) -> Path:
     if folder.parent.name != "snapshots" or not cached.name.startswith("models--"):
         return folder
     files = [RECORD]
-    # transformers has downloaded only what it knows of. First base.json, then what that lists.
+    # transformers has downloaded only the files it knows. Get base.json, then the files it lists.
     for _ in range(2):
         if missing := [file for file in files if not (folder / file).is_file()]:
             name = cached.name.removeprefix("models--").replace("--", "/")

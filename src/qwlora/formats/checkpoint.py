@@ -3,9 +3,9 @@
 A tensor that is stored as integers is read as a `QuantizedTensor`, any other as a float tensor. A
 reader loads a tensor only when it is asked for, so the whole model is never in memory as floats.
 
-Where stored tensors have other names than parameters, an `Origin` says how a parameter is made of
-them. A reader finds the origins, and `MappedCheckpoint` compares them with the model: all
-parameters are there, and copies of a tied tensor are equal.
+An `Origin` says which stored tensors make up a parameter, and how. A reader finds the origins, and
+`MappedCheckpoint` compares them with the model: no parameter may be missing, and copies of a tied
+tensor must be equal.
 
 A `LazyModel` loads and releases the modules of a model one by one, to quantize models larger than
 memory. Models are built without data, on the meta device. A tied tensor has several names, and code

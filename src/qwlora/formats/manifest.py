@@ -39,7 +39,7 @@ def write(folder: Path, name: str, record: Mapping[str, Any], files: Iterable[st
 
 
 def text(record: Mapping[str, Any], name: str) -> str:
-    """A record that was changed, with its own digest; digests of files stay."""
+    """The text of a changed record with a new digest of its own; digests of files stay."""
     rest = {key: value for key, value in record.items() if key != FILES}
     digests = {**record[FILES], name: _record_digest(rest)}
     return strict_json.dumps({**rest, FILES: digests}, indent=1) + "\n"

@@ -1,4 +1,4 @@
-"""What a model's own files say about its origin and license, and text of others in README.md files.
+"""Origin and license of a model, from its own files; and strangers' text in README.md files.
 
 Nothing is guessed:
 
@@ -31,14 +31,14 @@ from qwlora.formats.model_source import CARD, downloaded, locate
 UNKNOWN = "unknown"
 CARD_MARK = "<!-- Written by QWLoRA. Delete this line to keep your own changes. -->"
 MOST_CHARACTERS = 200
-# In the card that PEFT writes next to an adapter, which is no user's text.
+# In the card that PEFT writes next to an adapter; the user did not write it.
 _PEFT_TEMPLATE = "[More Information Needed]"
 _ID = r"[\w.-]+/[\w.-]+?"
 
 
 @dataclass(frozen=True)
 class ModelCardInfo:
-    """What a model's files say about it; None where no file says it."""
+    """Name, origin and license of a model; None if no file states it."""
 
     name: str
     repository: str | None = None
@@ -50,7 +50,7 @@ class ModelCardInfo:
 
 
 def origin_of(source: str) -> ModelCardInfo:
-    """The origin of the model that a recipe names. Only its name and hub id if it is gone."""
+    """The origin of the model that a recipe names; only name and hub id if its files are gone."""
     name = source.rstrip("/").rpartition("/")[2] or source
     try:
         location = locate(source)

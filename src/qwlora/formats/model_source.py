@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # Older quantizers wrote these files instead of a `quantization_config` in config.json.
 _OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-# Says where a model is from and its license. It changes no number, so it is no input of a job.
+# It has the model's origin and license, but changes no number, so it is no input of a job.
 CARD = "README.md"
 _HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", CARD)
@@ -290,6 +290,10 @@ def _from_pretrained(auto: Any, location: Location, what: str, trust: bool, **se
 def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load the float model in float32.
 
+    Args:
+        source: a checkpoint folder, a GGUF file, `package:NAME/PATH`, or a hub id.
+        trust_remote_code: run Python code from the model's folder.
+
     Raises:
         SourceError: the checkpoint is quantized, its tensors are not exactly the model's
             parameters, or `transformers` cannot load it (the message includes its error).
@@ -307,7 +311,7 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
     if any(location.path.glob("*.safetensors*")):
         from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 
-        # transformers would follow an index to files outside of the folder; this refuses one.
+        # transformers would follow an index to files outside the folder; this refuses it.
         SafetensorsFiles(location.path)
     if location.gguf_file:
         return _load_gguf(location.path)

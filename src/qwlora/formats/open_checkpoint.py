@@ -45,8 +45,11 @@ def open_checkpoint(
         keep_float: with `encodings`, globs of the parameters or layers that stay float.
         block_order: with `encodings`, the order of blocks in files of version 1.0.0 that do not
             determine it.
-        prefix: with `encodings`, what every name has in front in the file and not in the model, or
-            the other way round, if that is ambiguous.
+        prefix: with `encodings`, the prefix that names have only in the file or only in the model.
+            Default: determined from the names.
+
+    Returns:
+        The checkpoint. Its tensors are not read yet.
 
     Raises:
         SourceError: the path does not exist, its quantization method is not supported, or

@@ -1,7 +1,7 @@
-"""The arguments of a model: batches in whatever form a DataLoader gives them, and nested arguments
-or results as named tensors and back.
+"""Model arguments: convert a DataLoader's batches to keyword arguments, and nested arguments or
+results to named tensors and back.
 
-    {"input_ids": ids, "labels": labels}    by name; without labels where the model takes none
+    {"input_ids": ids, "labels": labels}    by name; labels are dropped if the model takes none
     ids                                     the first argument
     (ids, mask), [ids, mask]                the first arguments, in order
 
@@ -9,7 +9,7 @@ A `Structure` is a value with its tensors taken out:
 
     {"ids": A, "added": {"text": B, "scale": 2.0}, "past": ((K, V), None)}
     names      ids, added.text, past.0.0, past.0.1    in this order
-    constants  2.0, None                              another value needs another graph
+    constants  2.0, None                              a different value needs a new graph
 
 Mappings (ModelOutput included), tuples and lists may be nested. A key-value cache of transformers
 has two tensors per layer: `past_key_values.0.key`, `past_key_values.0.value`. `fill` restores the
@@ -41,8 +41,8 @@ def arguments_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def as_arguments(batch: Any, names: Sequence[str], what: str = "A batch") -> dict[str, Any]:
-    """`batch` by argument name; `names` is what the model or graph takes, in order. Refuses other
-    forms, too many tensors, and a tensor (usually labels) where the attention mask would be."""
+    """`batch` by argument name. `names` are the arguments of the model or graph, in order. Refuses
+    other types, too many tensors, and a tensor (usually labels) in place of the attention mask."""
     if isinstance(batch, Mapping):
         return {name: value for name, value in batch.items() if name != LABELS or name in names}
     tensors = [batch] if isinstance(batch, Tensor) else batch
@@ -69,8 +69,7 @@ def as_arguments(batch: Any, names: Sequence[str], what: str = "A batch") -> dic
 def check_token_ids(
     arguments: Mapping[str, Any], model: nn.Module, error: type[QwloraError]
 ) -> None:
-    """Refuse token ids that are not integers [batch, tokens] or outside the vocabulary of
-    `model`."""
+    """Refuse token ids that are not integers [batch, tokens], or are outside the vocabulary."""
     ids = arguments.get("input_ids")
     if not isinstance(ids, Tensor):
         return
@@ -115,8 +114,8 @@ class CacheSlot:
 
 @dataclass(frozen=True)
 class Structure:
-    """A value with its tensors taken out: the template has a slot for each, `names` are those of
-    the slots in order, `cached` those of tensors in key-value caches."""
+    """A value without its tensors. The template has a slot for each tensor; `names` are the names
+    of the slots in order, `cached` the names of tensors in key-value caches."""
 
     template: Any
     names: tuple[str, ...]
@@ -167,8 +166,8 @@ class Structure:
         return _mapped(self.template, filled)
 
     def flatten(self, value: Any) -> tuple[Tensor, ...]:
-        """The tensors of another value of this structure; constants and None may be left out.
-        Another structure or constant is refused, with its first place."""
+        """The tensors of another value of this structure; constants and None may be omitted.
+        Refuses a different structure or constant, and names the first difference."""
         expected = dict(_leaves(self.template))
         given = dict(_leaves(value, stop_at=expected))
         if more := [path for path in given if path not in expected and given[path] is not None]:
@@ -226,7 +225,6 @@ def _join(path: str, key: object) -> str:
 
 
 def _pairs(cache: Any, path: str) -> list[tuple[Tensor, ...]]:
-    """Keys and values of each layer, of a cache or as they are."""
     if not isinstance(cache, Cache):
         return list(cache or ())
     pairs = [

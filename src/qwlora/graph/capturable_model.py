@@ -1,15 +1,15 @@
 """The form in which a model is captured: float32, with attention and experts as separate operators.
 
-    attention         "eager": two matrix products and a softmax; the others, and the fast path of
-                      nn.MultiheadAttention and nn.TransformerEncoderLayer, are one operator
-    experts           "batched_mm": one node per product; the default is one opaque operator, and
-                      "eager" loops over data, which cannot be captured
+    attention         "eager": two matrix products and a softmax. Other implementations are one
+                      operator, as are nn.MultiheadAttention and nn.TransformerEncoderLayer
+    experts           "batched_mm": one node per product. The default is one opaque operator;
+                      "eager" has loops that depend on data, which cannot be captured
     packed weights    the same codes, scales and offsets, in the same memory
     float32 tensors   the same tensors (PEFT keeps LoRA weights in float32)
     half precision    cast to float32, which is exact
 
-The graph of a bfloat16 model is that of the base that `save_base` writes and `load_base` reads. Its
-outputs differ from the model's own by the rounding of half-precision arithmetic.
+The graph of a bfloat16 model computes what the saved base (`save_base`, `load_base`) computes. Its
+outputs differ from those of the model by the rounding of half-precision arithmetic.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def visible_implementations(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Within, `model` computes in float32; afterwards every module has its own tensors back."""
-    # What is captured within keeps the float32 tensors. Nested uses share the outermost's casts.
+    # Graphs captured inside keep the float32 tensors. Nested uses share the outermost's casts.
     packed = [m for m in model.modules() if isinstance(m, PackedLayer) and m.compute_dtype in HALF]
     # the dictionary that holds a value, its key there, and the value
     replaced: list[tuple[dict[str, Any], str, Any]] = [

@@ -1,12 +1,11 @@
 """Capture base and adapter as one `torch.export` graph, clean it, and check it against the module.
 
-It takes any model, any nested keyword arguments and all tensors of the result, and needs no changes
-to the model. The graph
+It handles any model with nested keyword arguments and results, without changes to it. The graph
 
 - shares the module's storage, except for tensors in half precision: it computes in float32
   (`capturable_model.py`)
 - takes any size of each axis that the model does not fix (`Captured.interface` lists them)
-- has no nodes without arithmetic and no nested graphs, and dequantizes each packed weight once
+- has no nodes that compute nothing, has no nested graphs, and dequantizes each packed weight once
 - returns the module's outputs, bit for bit (`capture_check.py`)
 
 A causal language model with a key-value cache is two graphs with the same encodings:
@@ -16,8 +15,8 @@ A causal language model with a key-value cache is two graphs with the same encod
     capture(model, {"input_ids": ids, "past_key_values": pairs, ...})
         decode: the same outputs from past_key_values.0.key, ...
 
-The language model of a vision-language model is the graph of the embeddings that text and images
-become, without the vision tower and without the table of tokens:
+The language model of a vision-language model is captured from embeddings of text and images,
+without the vision tower and the embedding table:
 
     capture(model, {"inputs_embeds": x, "attention_mask": mask, "position_ids": positions})
         x float [batch, tokens, width]; positions [batch, tokens], or [3, batch, tokens] if the
@@ -82,8 +81,8 @@ _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph, its inputs and outputs, and how they map to the model's arguments and result. A
-    graph of embeddings has the module that makes them of token ids."""
+    """A graph, its inputs and outputs, and how they map to the model's arguments and result. If the
+    graph starts from embeddings, it also has the module that embeds token ids."""
 
     program: ExportedProgram
     interface: Interface
@@ -229,7 +228,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = 
             constants. `past_key_values` is a cache, or a pair of keys and values [batch, heads,
             tokens, width] for each layer. At least two tokens. `labels` of transformers models are
             ignored: the graph ends at the logits.
-        static: every size is fixed to that of the example, which may then be 1.
+        static: fix every size to that of the example, which may then be 1.
 
     Raises:
         CaptureError: the model is in training mode, `torch.export` cannot capture it, or the
@@ -309,7 +308,7 @@ def rebound(
     model: nn.Module,
     example_inputs: Mapping[str, Any],
 ) -> Captured:
-    """`captured` with `program`, the same graph over other tensors; its outputs must be those of
+    """`captured` with `program`, the same graph with other weights. Its outputs must equal those of
     `model`."""
     given = Structure.of(_completed(model, example_inputs), PAST)[1]
     tensors = _separate(given, rows=1 + _takes_rows(captured))
@@ -361,12 +360,10 @@ def takes_cache(model: nn.Module) -> bool:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a PEFT model."""
     return getattr(model, "get_base_model", lambda: model)()
 
 
 def _parameters(model: nn.Module) -> set[str]:
-    """Argument names of the model's forward."""
     inner = _unwrapped(model)
     known = inspect.signature(inner.forward).parameters
     # a model that generates may hand on `use_cache` in its **kwargs (LLaVA)
@@ -375,7 +372,7 @@ def _parameters(model: nn.Module) -> set[str]:
     return {*known, *inspect.signature(model.forward).parameters, *[USE_CACHE] * hands_on}
 
 
-# says in plain words what torch calls data-dependent
+# explains the errors that torch calls data-dependent
 @contextmanager
 def _fixed_sizes(kind: str) -> Iterator[None]:
     try:
@@ -391,7 +388,7 @@ def _fixed_sizes(kind: str) -> Iterator[None]:
 
 
 def token_places(arguments: Mapping[str, Any], name: str) -> Tensor | None:
-    """A tensor of integers [batch, tokens]: `arguments[name]`, or of the size of embeddings."""
+    """A tensor of integers [batch, tokens]: `arguments[name]`, or one sized like the embeddings."""
     ids, embeddings = arguments.get(name), arguments.get(EMBEDS)
     if name == IDS and isinstance(embeddings, Tensor):
         return embeddings[..., 0].long()
@@ -399,7 +396,6 @@ def token_places(arguments: Mapping[str, Any], name: str) -> Tensor | None:
 
 
 def _separate(tensors: Tensors, rows: int) -> Tensors:
-    """Copies of `tensors`; a single row becomes `rows`."""
     with_axes = [t for t in tensors if t.ndim]
     if not with_axes:
         raise CaptureError("example inputs hold no tensor with an axis; give at least one")
@@ -493,7 +489,7 @@ def _refuse_hidden_codes(program: ExportedProgram) -> None:
 
 
 def _dequantize_once_(graph: Graph, flat: FlatModel) -> None:
-    """Merge the nodes that dequantize the same layer, which ran twice or whose adapter reads it."""
+    """Merge the nodes that dequantize one layer (it ran twice, or its adapter reads the weight)."""
     # a tied layer keeps its own node, because nodes carry the name of their layer
     packed = {
         path: module
@@ -525,7 +521,7 @@ def _changes_nothing(node: Node) -> bool:
 
 
 def _new_order(node: Node) -> list[int] | None:
-    """The order in which an einsum of one tensor returns its axes, if that is all it does."""
+    """The axis order of an einsum that only permutes one tensor; None for any other einsum."""
     # as a permutation it moves data, so it shares the encoding of its input
     if node.target is not _aten.einsum.default or len(node.all_input_nodes) != 1:
         return None
@@ -536,7 +532,7 @@ def _new_order(node: Node) -> list[int] | None:
 
 def _inline_(graph: Graph, owner: GraphModule) -> None:
     """Replace nested graphs by their nodes; refuses those that cannot be inlined."""
-    # torch.export makes them of `with torch.enable_grad()` and of disabled autocast
+    # torch.export makes nested graphs from `with torch.enable_grad()` and from disabled autocast
     for node in list(graph.nodes):
         held = [a for a in node.all_input_nodes if a.op == "get_attr"]
         modules = (getattr(owner, str(attribute.target), None) for attribute in held)

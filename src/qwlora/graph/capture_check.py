@@ -16,9 +16,9 @@ symbol. Symbols are named
     NAME.AXIS  anything else: `pixel_values.2`
 
 Where the model branches on a size, torch.export follows the example's branch and notes which sizes
-take it (`x.size()[1] <= 10`). Each note is tested at the nearest sizes, below and above the
-example's, for which it does not hold. If module and graph both run there and differ, or if that is
-too much to compute, the axis is fixed.
+take it (`x.size()[1] <= 10`). Each note is tested at the nearest smaller and larger sizes that
+violate it. If module and graph both run there but differ, or if the test is too expensive, the axis
+is fixed.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ Tensors = tuple[Tensor, ...]
 AxisIndex = tuple[int, int]  # (index of an input, axis)
 _SIZES = 4096  # largest size tried to break a note, besides the numbers in it
 _SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
-# In a trial, an axis may grow by this factor, or by more if its values times its size stay below
-# _WORK: the work of attention grows with both.
+# In a trial, an axis may grow by this factor, or by more if (number of values) * (size of the axis)
+# stays below _WORK: the cost of attention grows with both.
 _GROWTH, _WORK = 4, 2**24
 
 
@@ -95,10 +95,10 @@ class Axes:
         return cls(names, tuple(tuple(t.shape) for t in tensors), symbols, labels)
 
     def trials(self, tensors: Tensors) -> Iterator[tuple[list[AxisIndex], list[Tensors]]]:
-        """Axes, and the inputs with these cut to half their size and by one; all groups of axes,
-        then one, then pairs."""
+        """Axes, and two inputs in which these are half as long or shorter by one. First all groups
+        of axes, then each group, then pairs of groups."""
         # Axes with different symbols may still depend on each other in the model (a mask and its
-        # text), so axes of equal size are varied together; the batch first.
+        # text), so axes of equal size are varied together, the batch first.
         by_size: dict[tuple[bool, int], list[AxisIndex]] = {}
         for (index, axis), symbol in self.symbols.items():
             key = self.labels[symbol] != BATCH, self.sizes[index][axis]
@@ -119,8 +119,7 @@ class Axes:
             yield places, smaller_inputs
 
     def breaking(self, notes: Sequence[str], places: Sequence[AxisIndex]) -> list[int]:
-        """The nearest smaller and larger sizes for which a note of torch.export on these axes does
-        not hold."""
+        """The nearest smaller and larger sizes that violate a torch.export note on these axes."""
 
         def written(match: re.Match[str]) -> str:
             index, axis = map(int, match.groups())
@@ -143,7 +142,7 @@ class Axes:
     def shapes(
         self, program: ExportedProgram, outputs: tuple[str, ...], fixed: set[AxisIndex]
     ) -> dict[str, tuple[str | int, ...]]:
-        """Shape of every input and output, with names for dynamic axes but those in `fixed`."""
+        """Shape of every input and output, with names for the dynamic axes that are not `fixed`."""
         # torch.export gives an axis a symbol even if the model fixes it
         closed = {self.symbols[place]: self.sizes[place[0]][place[1]] for place in fixed}
         shapes: dict[str, tuple[str | int, ...]] = {}
@@ -168,8 +167,8 @@ def check_graph(
     axes: Axes,
     outputs: Sequence[str],
 ) -> set[AxisIndex]:
-    """Compare the graph of `module(*tensors)` with the module; returns the axes that have the
-    example's size only."""
+    """Compare the graph of `module(*tensors)` with the module. Returns the axes whose size is
+    fixed."""
     graph = program.module(check_guards=False)
     if difference := _difference(module(*tensors), graph(*tensors), outputs):
         raise _refusal(program, module, tensors, difference)
@@ -177,8 +176,8 @@ def check_graph(
     for places, smaller_inputs in axes.trials(tensors):
         # all of them if one axis is not proven yet: a model may compute odd sizes otherwise
         for smaller in () if fixed.isdisjoint(places) else smaller_inputs:
-            # models raise anything for a size that they do not support, and so does a graph if an
-            # assumption of torch.export does not hold there, or an operator fails
+            # models raise any error for a size that they do not support; graphs, too, if an
+            # assumption of torch.export is violated or an operator fails
             try:
                 difference = _difference(module(*smaller), graph(*smaller), outputs)
             except Exception:
@@ -199,7 +198,7 @@ def limited_axes(
 ) -> set[AxisIndex]:
     """The axes to fix at the example's size, because module and graph differ at another size.
     `exported` is the result of torch.export, with its notes, `program` the cleaned one."""
-    # without ranges: torch would refuse the sizes that are tried
+    # remove the ranges, because torch would refuse the sizes to try
     graph = rebuilt(program, range_constraints={}).module(check_guards=False)
     most = {str(symbol): known.upper for symbol, known in exported.range_constraints.items()}
     limited, by_label = set[AxisIndex](), dict[str, list[AxisIndex]]()
@@ -217,7 +216,7 @@ def limited_axes(
                     rows = torch.arange(size, device=before.device) % before.shape[axis]
                     inputs[index] = before.index_select(axis, rows)
             if work > _WORK:
-                # In every model that was tried, a limit of the batch concerned strides only.
+                # In every model tested, a limit on the batch concerned strides only.
                 is_same = label == BATCH or size <= most.get(axes.symbols[places[0]], int_oo)
             else:
                 is_same = True
@@ -230,7 +229,7 @@ def limited_axes(
 
 
 def _difference(expected: Sequence[Tensor], actual: Sequence[Tensor], names: Sequence[str]) -> str:
-    """The first difference in words; empty if all outputs are equal."""
+    """A description of the first difference; empty if all outputs are equal."""
     for name, x, y in zip(names, expected, actual, strict=True):
         if x.shape != y.shape:
             return f"output {name} has shape {list(y.shape)} instead of {list(x.shape)}"
@@ -258,14 +257,14 @@ def _refusal(
 def _first_difference(program: ExportedProgram, module: nn.Module, tensors: Tensors) -> str:
     """A sentence that names the first module, in order of completion, whose output differs."""
     recorder = _Recorder(program.module(check_guards=False))
-    # an operator may raise anything; the values before it are known
+    # an operator may raise any error; the values before it are known
     with suppress(Exception):
         recorder.run(*tensors)
     differing: list[str] = []
 
     def compare(path: str, called: nn.Module, _: Any, output: Any) -> None:
         first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
-        # the values of the first call, so that a later call finds none
+        # only the first call of a module is recorded
         values = recorder.values.pop(path, [])
         same_shape = [v for v in values if first is not None and v.shape == first.shape]
         if first is not None and same_shape and not any(_same(first, v) for v in same_shape):

@@ -1,12 +1,12 @@
-"""Find the traits of the values in a captured graph (`value_traits.py`), and which values belong to
-an adapter.
+"""Find the traits of the values in a captured graph (`value_traits.py`), and the values that belong
+to an adapter.
 
 Traits follow from the operators and the modules that ran them. No data is needed, and no
 architecture is known by name.
 
-    adapter     everything an adapted layer computes outside its base layer: lora_A(x),
+    adapter     all values that an adapted layer computes outside its base layer: lora_A(x),
                 lora_B(lora_A(x)), the scaling, the sum with base_layer(x), DoRA; `modules_to_save`
-    base        base_layer(x), and everything between adapted layers
+    base        base_layer(x), and all values between adapted layers
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from qwlora.graph.nodes import (
 from qwlora.graph.value_traits import Trait
 from qwlora.system.parameter_names import is_adapter_name
 
-# Class names of modules that are one operation to a runtime but several to torch, unless they run a
-# matrix product or a softmax; their inner values are not quantized.
+# Class names of modules that are one operation in a runtime but several in torch. Their inner
+# values are not quantized, unless the module runs a matrix product or a softmax.
 _ONE_OPERATION = re.compile(r"(?i)Norm|RotaryEmbedding|RotaryPosition|GELU|SiLU|Swish|Activation")
 # parameters of an adapter; the first group is the adapted layer
 FACTOR = re.compile(r"(.*?)\.lora_\w+(?:\.|$)")
@@ -116,10 +116,10 @@ class GraphAnalysis:
         return None
 
     def _find_adapted_weights(self) -> set[str]:
-        """Names of the nodes from an adapter's weights to a product that uses them as a weight: W +
-        BA."""
+        """Names of the nodes between an adapter's weights and a product that reads W + BA as its
+        weight."""
         adapted: set[str] = set()
-        # a product of two weights, as BA, is none: it computes the weight of a later product
+        # a product of two weights, such as BA, does not count: it computes a later product's weight
         for node in reversed(calls(self.program)):
             factors = [source for factor in _factors(node) if is_float(source := origin(factor))]
             if any(factor.name not in self._constants for factor in factors):
@@ -129,8 +129,7 @@ class GraphAnalysis:
         return adapted
 
     def _find_factors(self) -> tuple[set[str], set[str]]:
-        """Names of the activations that matrix products read, and of those read as second
-        factors."""
+        """Names of activations that matrix products read; names of those read as second factor."""
         multiplied, second = set[str](), set[str]()
         for node in calls(self.program):
             activations = [
@@ -144,10 +143,10 @@ class GraphAnalysis:
         return multiplied, second
 
     def _find_keys_and_values(self) -> set[str]:
-        """Names of the nodes whose values a key-value cache holds, also where there is no cache.
+        """Names of the nodes whose values a key-value cache would hold, also in graphs without one.
 
-        They are second factors of products of two activations. Walk back from the product over
-        moves while each result has one reader. The last node reached is the one:
+        They are second factors of products of two activations. The search goes back from the
+        product over data movement as long as each result has one reader, and returns the last node:
 
             linear -> view -> transpose -> matmul       linear
             linear -> split -> transpose -> matmul      split, as the queries are split off too
@@ -171,14 +170,14 @@ class GraphAnalysis:
 
 
 def lora_branch(program: ExportedProgram) -> set[str]:
-    """Names of the nodes of the LoRA branches: lora_A(x), lora_B(lora_A(x)) and the scaling of it,
-    but not the sum with the base layer's output."""
+    """Names of the nodes of the LoRA branches: lora_A(x), lora_B(lora_A(x)) and its scaling. The
+    sum with the base layer's output is not included."""
     return branch_nodes(program, FACTOR) - {n.name for n in calls(program) if operation(n) == "add"}
 
 
 def branch_nodes(program: ExportedProgram, pattern: re.Pattern[str] = _OF_ADAPTER) -> set[str]:
-    """Names of the nodes that compute values of the active adapter: those of adapted layers,
-    without their base layers; without `modules_to_save` if `pattern` is `FACTOR`."""
+    """Names of the nodes of the active adapter: those of adapted layers without their base layers.
+    Pattern `FACTOR` excludes `modules_to_save`."""
     used = used_placeholders(program)
     layers = {
         match[1]
@@ -219,7 +218,7 @@ def _angles(program: ExportedProgram) -> set[str]:
 
 
 def _masked(program: ExportedProgram, integer_origins: set[str]) -> set[str]:
-    """Names of the nodes that apply a mask, and of those from there to a softmax."""
+    """Names of the nodes that apply a mask, and of the nodes between them and a softmax."""
     scores: set[str] = set()
     for node in reversed(calls(program)):
         if any(
@@ -244,8 +243,8 @@ def _masked(program: ExportedProgram, integer_origins: set[str]) -> set[str]:
 def computed_from(
     program: ExportedProgram, placeholders: Collection[str], stop_at: frozenset[str] = frozenset()
 ) -> set[str]:
-    """Names of the nodes computed from nothing but `placeholders` (included) and tensor sizes;
-    results of the operators in `stop_at` do not count."""
+    """Names of the nodes computed only from `placeholders` (included) and tensor sizes. Results of
+    the operators in `stop_at` do not count."""
     computed = set(placeholders)
     for node in calls(program):
         from_computed = all(n.name in computed for n in node.all_input_nodes)
@@ -266,7 +265,7 @@ def _factors(node: Node) -> list[Node]:
 
 
 def _is_second_factor(node: Node, user: Node, second: set[str]) -> bool:
-    """Whether `user` reads `node` as a second factor only, at once or after moving it."""
+    """Whether `user` reads `node` only as a second factor, directly or after data movement."""
     # an output may be the cache of the next call
     if user.op == "output":
         return True

@@ -55,7 +55,7 @@ MATRIX_PRODUCTS: dict[str, tuple[int, ...]] = {
     "scaled_dot_product_attention": (0, 1, 2),
 }
 
-# Modules that run one of these are several operations to a runtime, whatever their class name.
+# A module that runs one of these is several operations in a runtime, whatever its class name.
 SEVERAL_OPERATIONS = frozenset(MATRIX_PRODUCTS) | {"softmax", "dequantize"}
 
 # Operators that apply a mask.
@@ -76,7 +76,7 @@ def base_name(operator: str) -> str:
 
 
 def operator_of(node: Node) -> str:
-    """The operator's name; for one of several results, that of the operator that returns them."""
+    """The operator's name; for one of several results, the operator that returns them all."""
     while getattr(node.target, "__name__", "") == "getitem" and isinstance(node.args[0], Node):
         node = node.args[0]
     schema = getattr(node.target, "_schema", None)
@@ -121,7 +121,7 @@ def origin(node: Node) -> Node:
 
 
 def ancestors(node: Node, is_followed: Callable[[Node], bool]) -> set[Node]:
-    """`node`, what it reads, what that reads and so on, where the reader `is_followed`."""
+    """`node` and the nodes it is computed from, as far as each reader satisfies `is_followed`."""
     visited, waiting = {node}, [node]
     while waiting:
         reader = waiting.pop()
@@ -173,8 +173,8 @@ def stored_tensors(program: ExportedProgram) -> set[str]:
 
 def parameter_names(program: ExportedProgram) -> dict[str, str]:
     """Parameter path by placeholder name, without the prefix of `FlatModel`."""
-    # torch.export uses an arbitrary one of the placeholders of a tied weight for all readers. It
-    # gets the name that comes first in the model.
+    # A tied weight has several placeholders, and all readers use one of them, chosen by
+    # torch.export. It gets the name that comes first in the model.
     used = used_placeholders(program)
     specs = [s for s in program.graph_signature.input_specs if s.kind is InputKind.PARAMETER]
     address = {s.arg.name: program.state_dict[s.target].data_ptr() for s in specs}

@@ -1,4 +1,4 @@
-"""A captured graph with the encodings of its values, as exporters take it; helpers to edit it."""
+"""The input of exporters: a captured graph with the encodings of its values. Helpers to edit it."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class GraphValue:
-    """A floating-point value of a captured graph, and what was decided about it.
+    """A floating-point value of a captured graph, and the placement decision about it.
 
     Args:
         node: name of the node in the program's graph.
-        name: of the encoding, and of the tensor in every exported file.
-        operator: that computed it; `weight` or `input` if none did.
+        name: name of the encoding, and of the tensor in every exported file.
+        operator: the operator that computed it; `weight` or `input` if there is none.
         module, module_class: path and class of the innermost module that computed it.
         owner: class of the enclosing module that is one operation; empty if there is none.
-        reason: of the rule that decided.
-        rule: index of the user's rule that decided; None if it was one of the policy.
-        grid: of a quantized value, in words; as the next three, from `Simulation.explain` only.
+        reason: the reason of the rule that decided.
+        rule: index of the user's rule that decided; None if a rule of the policy did.
+        grid: the value's grid as text. Only `Simulation.explain` sets it and the next three.
         observer: how an activation's range is chosen.
         low, high: ends of an activation's grid, once calibrated or fixed.
     """
@@ -89,7 +89,7 @@ class GraphValue:
         return tuple(name for name in (self.name, self.module, made_by) if name)
 
     def to_json(self) -> dict[str, Any]:
-        """What the placement log says about the value."""
+        """The value's entry in the placement log."""
         omitted = {"node", "traits", "owner", "rule", "options"}
         return {key: value for key, value in vars(self).items() if key not in omitted}
 
@@ -102,10 +102,10 @@ class Interface:
         inputs: names; a path for nested arguments, such as `added_cond_kwargs.time_ids`.
         outputs: names of the tensors in the model's result.
         primary: the output to compare: `logits`, or the first floating-point output.
-        shapes: of every input and output. A dynamic axis has a name (`batch`, `tokens`,
+        shapes: shape of every input and output. A dynamic axis has a name (`batch`, `tokens`,
             `sample.2`), a fixed axis its size.
-        cached: inputs that are keys and values of earlier tokens. They are earlier outputs
-            (`present`) and already on their grids.
+        cached: inputs that hold keys and values of earlier tokens. They are outputs (`present`) of
+            an earlier call, so they are already on their grids.
     """
 
     inputs: tuple[str, ...]

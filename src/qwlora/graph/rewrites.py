@@ -24,7 +24,7 @@ _SPLITS = frozenset({"split", "split_with_sizes", "chunk", "unsafe_split", "tens
 
 
 def rewritten(program: ExportedProgram) -> ExportedProgram:
-    """`program` with an `rms_norm` for every root mean square norm that has a weight, which may be
+    """`program` with an `rms_norm` for every root mean square norm with a weight, which may be
     computed from constants (1 + w), and with a slice for every part of a split."""
     graph = copy.deepcopy(program.graph)
     for node in list(graph.nodes):
@@ -34,7 +34,7 @@ def rewritten(program: ExportedProgram) -> ExportedProgram:
             if node.target is operator.getitem and base_name(operator_of(node)) in _SPLITS:
                 _slice_(node)
             elif operation(node) == "cat":
-                # a model may rotate all of its widths, and append a rest without values
+                # a model that rotates its whole width may still append an empty rest
                 parts = [part for part in node.args[0] if part.meta["val"].numel()]
                 node.args = (parts, *node.args[1:])
         except GuardOnDataDependentSymNode as error:

@@ -1,5 +1,5 @@
-"""Traits of the values in a captured graph, and what placement decides about a value. Plain data;
-does not import torch.
+"""Traits of the values in a captured graph, and the decisions of placement. Plain data; does not
+import torch.
 
 `graph_analysis.py` finds the traits, placement rules (`simulation/placement_rules.py`) select by
 them.
@@ -21,14 +21,14 @@ class Trait(StrEnum):
     # Computed from integers only: no floating-point input or parameter flows into it, and no
     # matrix product reads it.
     INTEGER_ORIGIN = "integer-origin"
-    # Read only by sine and cosine in the end. A step of more than a radian would destroy it.
+    # Used only as the argument of sine or cosine. A grid step above one radian makes it useless.
     ANGLE = "angle"
-    # A mask was added to it or selected among its values; also everything computed from such a
-    # value on the way to a softmax.
+    # A mask was added to it or selected among its values. Also every value computed from such a
+    # value before the softmax.
     MASKED = "masked"
-    # Made and read inside a module that counts as one operation.
+    # Computed and read inside a module that counts as one operation.
     INSIDE_ONE_OPERATION = "inside-one-operation"
-    # Made inside such a module and read outside of it.
+    # Computed inside such a module and read outside of it.
     LEAVES_ONE_OPERATION = "leaves-one-operation"
     # x + f(x)
     RESIDUAL_ADDITION = "residual-addition"
@@ -62,7 +62,7 @@ class Decision(StrEnum):
 
 @dataclass(frozen=True)
 class GridOptions:
-    """How the grid of a value differs from that of other values; None: not at all."""
+    """Options of one value's grid; None: the same as for other values."""
 
     bitwidth: int | None = None
     symmetric: bool | None = None

@@ -1,4 +1,4 @@
-"""The range of an activation: what is kept of it during calibration, and what follows from that.
+"""The range of an activation: the statistics that calibration keeps, and the grid chosen from them.
 
 Calibration keeps the exact lowest and highest value, and a histogram of all values:
 
@@ -27,8 +27,8 @@ steps and v the last step,
     G(b) = sum over x < b of (b - x)
 
 where G is read from running sums: one lookup per step, not one per value. With more steps the error
-is modeled: values within half a step of zero lose themselves, all others the mean square of
-rounding.
+is modeled: a value within half a step of zero is lost entirely, and every other value has the mean
+squared rounding error, scale^2 / 12.
 
     error = gamma * (error of clipped values) + sum over |x| < scale / 2 of x^2
           + (weight of the others) * scale^2 / 12

@@ -49,7 +49,7 @@ Bound = Tensor | int
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Encoding:
-    """A scheme with its numbers.
+    """A measured grid: a scheme with its scales and offsets, `x_hat = (q + offset) * scale`.
 
     Args:
         scheme: bitwidth, symmetry and granularity.
@@ -246,12 +246,12 @@ class Encoding:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class QuantizedTensor:
-    """A tensor as integers: codes and the encoding that gives them values. Solvers and readers
-    return it, packed layers take it.
+    """A tensor as integers: codes and their encoding. Solvers and readers return it, packed layers
+    take it.
 
     Args:
-        codes: from 0, uint8 up to 8 bits; `[out, in]` for a matrix (whatever way round its layer
-            stores it), `[experts, out, in]` for fused experts; blocks run along the last axis.
+        codes: integers from 0, uint8 up to 8 bits; `[out, in]` for a matrix (also of a Conv1D),
+            `[experts, out, in]` for fused experts; blocks run along the last axis.
         encoding: integer or float offsets, with scales that fit the codes.
     """
 

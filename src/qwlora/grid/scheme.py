@@ -87,7 +87,7 @@ class Blocks(_Granularity):
 
 @dataclass(frozen=True)
 class PerBlock(Blocks, kind="block"):
-    """Blocks with any scales above zero."""
+    """Blocks with positive float scales: weight [A, B] -> scale [A, B / size]."""
 
     is_free: ClassVar[bool] = True
 
@@ -326,7 +326,7 @@ ESTIMATORS: tuple[str, ...] = get_args(EstimatorName)
 
 @dataclass(frozen=True)
 class RangeEstimator:
-    """How the range of an activation is chosen from what an observer kept.
+    """How the range of an activation is chosen from an observer's statistics.
 
     min-max         the lowest and the highest value
     percentile      leaves (100 - percentile) % of the values outside at either end

@@ -40,14 +40,14 @@ class SecondMoment:
         if self.total is None:
             self.total = rows.new_zeros(rows.shape[-1], rows.shape[-1])
         scaled = rows * w.sqrt().unsqueeze(1)
-        # first, because the gradient of an input that is not finite is not either
+        # checked first, because a non-finite input also has a non-finite gradient
         if not bool(torch.isfinite(rows.square().sum())):
             raise CalibrationError("the layer's input, or its square, holds nan or infinity")
         if not bool(torch.isfinite(w.sum() + scaled.square().sum())):
             raise CalibrationError(
                 "the gradient of the layer's output, or its square, holds nan or infinity"
             )
-        # Only what `matrix` reads: blocks on and above the diagonal, 0.6 of the time.
+        # `matrix` reads only blocks on and above the diagonal, which takes 0.6 times as long.
         for start in range(0, len(self.total), _ROWS):
             run = slice(start, start + _ROWS)
             self.total[run, start:].addmm_(scaled[:, run].T, scaled[:, start:])
@@ -64,7 +64,7 @@ class SecondMoment:
 
 
 class LayerMoments(NamedTuple):
-    """R of a layer's input, and G of the gradient at its output; None stands for the identity."""
+    """Second moments R of a layer's input, and G of its output gradient (None: the identity)."""
 
     input: Float[Tensor, "in in"]
     output: Float[Tensor, "out out"] | None = None

@@ -66,7 +66,7 @@ _WRAPPED = ("base_layer", "original_module", "model", "base_model")
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hex digest of the base inside `model`, which may carry adapters."""
+    """SHA-256 of the base inside `model`, as hex digits. Adapters do not change it."""
     return fingerprint_of(tensor_digests(model), model)
 
 
@@ -116,7 +116,7 @@ def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
 def remember_base_(model: nn.Module, digests: Mapping[str, str] | None = None) -> None:
     """Remember floats and settings of `model` for `changed_since`; `digests` of all tensors, if
     known."""
-    # packed layers are not remembered, because nothing trains integers
+    # packed layers are not remembered, because their integers are never trained
     floats = {
         name: (digests[name] if digests else tensor_digest(name, "", tensor), tensor.dtype)
         for name, tensor in float_tensors(model).items()
@@ -253,7 +253,6 @@ def _configuration(module: nn.Module) -> dict[str, Any] | None:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Settings of a module without a configuration."""
     # A class of torch.nn says by the arguments of its constructor what it depends on; of a class
     # from elsewhere, all public attributes count.
     kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith("qwlora.")]
@@ -283,7 +282,6 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_setting(value: Any) -> bool:
-    """Whether JSON can hold the value."""
     if isinstance(value, Mapping):
         return all(isinstance(key, str) and _is_setting(value[key]) for key in value)
     if isinstance(value, list | tuple):

@@ -29,8 +29,8 @@ def replaced(module: Any, value: Any, name: str = "forward") -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; then what is at a path has the mode that was there."""
-    # paths, not modules: the block may replace modules, as quantizing does
+    """Evaluation mode inside the block. Afterwards each module path has its previous mode again."""
+    # paths, not modules: the block may replace modules, as quantization does
     training = [path for path, module in model.named_modules() if module.training]
     model.eval()
     try:

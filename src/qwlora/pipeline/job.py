@@ -325,8 +325,8 @@ def command_line(verb: str, *arguments: object) -> str:
 
 
 def check_kept(judge: Judge, waiting: Collection[str], replace: Collection[str]) -> None:
-    """Check that no stage in `waiting` replaces an adapter that was trained with other settings, or
-    its base, unless it is named in `replace`."""
+    """Check that no stage in `waiting` replaces an adapter whose settings or base have changed,
+    unless the adapter is named in `replace`."""
     store, changed = judge.store, dict[str, list[str]]()
     for stage in judge.plan:
         if stage.kind != "train" or stage.adapter in replace:
@@ -336,7 +336,7 @@ def check_kept(judge: Judge, waiting: Collection[str], replace: Collection[str])
         reasons = [line for s in causes for line in judge.differences(s)]
         if stage.place in store.damaged:
             causes = [stage]
-            reasons = [f"{stage.place}/stage.json is damaged, so its settings are unknown"]
+            reasons = [f"{stage.place}/stage.json is damaged"]
         is_replaced = any(cause.name in waiting for cause in causes)
         if is_replaced and (store.path / stage.place).is_dir():
             changed[str(stage.adapter)] = reasons
@@ -344,10 +344,9 @@ def check_kept(judge: Judge, waiting: Collection[str], replace: Collection[str])
         lines = dict.fromkeys(line for reasons in changed.values() for line in reasons)
         options = " ".join(f"--replace {name}" for name in changed)
         raise DirectoryError(
-            f"{str(store.path)!r} has adapters that were trained differently, "
-            f"{', '.join(changed)}:\n"
+            f"{str(store.path)!r}: this run would train {', '.join(changed)} again, because "
+            "settings or inputs changed:\n"
             + "".join(f"  {line}\n" for line in lines)
-            + f"No adapter was changed. To train them again, add {options} to the command. The old "
-            "adapters stay until the new ones are finished. To keep both, give the new one "
-            "another name"
+            + f"No adapter was changed. To train again, add {options} to the command; old adapters "
+            "stay until the new ones are finished. To keep both, give the new adapter another name"
         )

@@ -35,7 +35,7 @@ from qwlora.system.seen import sealed, unsealed
 RESULTS_FORMAT = 1
 STATUS = "status.json"
 TIMING = "timing"  # of one stage, in its record; `stages` and `sizes` in results.json
-# While training, at most every 10 seconds, and so that writing takes less than 1% of the time.
+# While training, status is written at most every 10 seconds, using less than 1 % of the time.
 LEAST_SECONDS, COST = 10.0, 100
 
 

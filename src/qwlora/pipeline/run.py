@@ -164,8 +164,6 @@ def _check_same_job(before: Recipe, wanted: Recipe, out: Path) -> None:
 
 @dataclass
 class _Run:
-    """One run, in the first process."""
-
     recipe: Recipe
     computed: Recipe  # the same, on the device of this run
     before: Recipe | None

@@ -154,7 +154,7 @@ class Sources:
             return bool(self._holds_floats)
 
     def adapter(self, source: str) -> Any:
-        """Digests of the files of an adapter from elsewhere; of one on the hub, its id."""
+        """Digests of an imported adapter's files; the hub id if the adapter is on the hub."""
         try:
             folder = source_path(source)
         except QwloraError as error:

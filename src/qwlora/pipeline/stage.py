@@ -113,7 +113,7 @@ class Planner:
         texts = {}
         for number, part in enumerate(self.recipe.base.calibration):
             where = self.base_text if part.text == JOB else f"base.calibration.{number}.text"
-            # None if the float model writes the part: that is a stage of its own, which is needed.
+            # None if the float model generates the part: that has its own stage, which is needed.
             read = [self.text(data, where) for data in self.recipe.calibration_texts(part)]
             texts[str(number)] = {"weight": part.weight, "texts": read}
         return {"calibration": texts, "seed": self.recipe.seed}

@@ -1,4 +1,4 @@
-"""Bits by budget: a scheme for each layer, so that the predicted loss is least for a given size.
+"""Bits by budget: choose a scheme for each layer with the least predicted loss for a given size.
 
     minimize   sum over layers c(layer, scheme)     with   sum of bytes <= budget
     c = 1/2 sum_oi G_oo h_i (W - W_hat)_oi^2
@@ -47,12 +47,12 @@ _UNITS = 2**16  # of bytes, for the knapsack: rounding wastes at most one per gr
 
 @dataclass(frozen=True)
 class BitBudget:
-    """What all packed layers may take together, scales and offsets included.
+    """The size limit of all packed layers together, scales and offsets included.
 
     Args:
-        bits, bytes: average bits per weight, or total size. Give one of them.
-        schemes: to choose from. Default: the scheme of the base with 2 to 8 bits, and with blocks
-            of other sizes (`similar_schemes`).
+        bits, bytes: average bits per weight, or total size in bytes. Give one of them.
+        schemes: the schemes to choose from. Default: the scheme of the base with 2 to 8 bits, and
+            with blocks of other sizes (`similar_schemes`).
     """
 
     bits: float | None = None
@@ -75,9 +75,9 @@ def budget_rules(
     batches: Batches,
     track: Track,
 ) -> list[LayerRule]:
-    """Rules that give each matrix product its scheme. Layers that `rules` name keep theirs, and so
-    do tensors that are not factors of a matrix product, or that no batch reaches. `plan` and
-    `blocks` are those of `quantize_blocks_`, without a budget."""
+    """Rules that give each matrix product its scheme. Layers named by `rules`, tensors that are not
+    factors of a matrix product, and tensors that no batch reaches keep theirs. `plan` and `blocks`:
+    see `quantize_blocks_`; planned without the budget."""
     paths = {name: tensor.paths for name, tensor in find_tensors(model).items()}
     shapes = {name: tuple(tensor_out_in(model, name).shape) for name in plan}
     groups = dict[tuple[str, ...], list[_Choice]]()
@@ -157,7 +157,7 @@ def _choice(
     total, cost = 0, 0.0
     for name, asked in todo.items():
         weight, (g, h, moment) = tensor_out_in(model, name).detach().float(), factors[name]
-        # Rounded to nearest: the denominators in h predict what compensation leaves, so that no
+        # Rounded to nearest: the denominators in h predict the error after compensation, so no
         # candidate has to be solved by gptq.
         if asked.solver == "gptq":
             rounded = search_scale(weight, asked.scheme, h, coarse=True).fake_quantize(weight)
@@ -171,7 +171,7 @@ def _choice(
 
 def _bytes(todo: Assignment, shape: tuple[int, ...]) -> int:
     tensor = PackedTensor.empty(todo.scheme, shape)
-    # Scales that no solver rounds to float16 are stored as float32.
+    # Scales are stored as float32 unless the solver rounds them to float16.
     is_half = todo.scheme.granularity.is_free and todo.solver in ROUNDING_SOLVERS
     return tensor.nbytes + (0 if is_half else tensor.parts.scale.nbytes)
 
@@ -180,7 +180,7 @@ def _knapsack(groups: Sequence[Sequence[_Choice]], room: int) -> list[_Choice]:
     """A choice of each group, with the least sum of costs and a sum of sizes of at most `room`."""
     smallest = [min(choice.size for choice in group) for group in groups]
     room -= sum(smallest)
-    # What a choice takes above its group's smallest is rounded up, so the budget holds.
+    # Bytes above the group's smallest choice are rounded up, so the budget holds.
     unit = max(1, room // _UNITS)
     units = [
         [-(-(choice.size - low) // unit) for choice in group]
@@ -203,8 +203,8 @@ def _knapsack(groups: Sequence[Sequence[_Choice]], room: int) -> list[_Choice]:
 
 
 def _rules(chosen: Mapping[str, Scheme], everything: Sequence[str]) -> list[LayerRule]:
-    """Rules that give the layers at these paths their schemes: for the same layer of all blocks its
-    most frequent scheme, after rules for the others."""
+    """Rules that give the layers at these paths their schemes: one rule for the same layer in all
+    blocks with its most frequent scheme, after rules for the exceptions."""
     exceptions, general = list[LayerRule](), list[LayerRule]()
     for kind, paths in by_glob(chosen).items():
         usual = Counter(chosen[path] for path in paths).most_common(1)[0][0]

@@ -1,5 +1,5 @@
-"""Run many batches through one model, block by block: all batches pause before a block, so that it
-can be observed and replaced before they continue.
+"""Run many batches through one model, block by block. All batches pause before a block, so that you
+can observe and replace it before they continue.
 
     with BlockRunner(model, blocks, batches) as runner:
         for block in runner:                  # every batch has arrived at `block`
@@ -34,13 +34,10 @@ class _Stop(BaseException):
 
 
 class _Batch(threading.Thread):
-    """One batch, and the thread that runs it."""
-
-    # The thread runs the model's own forward, so nothing is assumed about how blocks are chained:
-    # masks, position tables and other arguments arrive as the model passes them. A generator
-    # cannot pause inside a forward. Only one thread runs at a time. The blocks run in the caller's
-    # thread: each thread that computes has its own OpenMP workers, and 64 of them got in each
-    # other's way (docs/log/solvers.md).
+    # The thread runs the model's own forward, so blocks may be chained in any way, and get masks,
+    # position tables and other arguments from the model. A generator cannot pause inside a
+    # forward. Only one thread runs at a time. The blocks run in the caller's thread: every
+    # computing thread has its own OpenMP workers, and 64 of them were slow (docs/log/solvers.md).
     def __init__(self, forward: Callable[[], Any]):
         super().__init__(daemon=True)
         self.at: str | None = None
@@ -131,7 +128,7 @@ class BlockRunner(ExitStack, Iterable[str]):
                 return
             self._gates.pop(block).close()
             yield block
-            # What follows, often the head, takes as long as several blocks.
+            # The rest of the model, often the head, takes as long as several blocks.
             if not self._gates:
                 return
 
@@ -148,7 +145,7 @@ class BlockRunner(ExitStack, Iterable[str]):
 
         def gate(*args: Any, **kwargs: Any) -> Any:
             def finish() -> Any:
-                # A block that is a layer may have been packed: another module is there.
+                # A block that is itself a layer may have been replaced by its packed layer.
                 now = self.model.get_submodule(name)
                 return inner(*args, **kwargs) if now is module else now(*args, **kwargs)
 

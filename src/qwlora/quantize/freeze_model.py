@@ -1,4 +1,4 @@
-"""Freeze a model on an existing grid: from weights that lie on it, or from integers.
+"""Freeze a model on an existing grid, from weights that lie on the grid or from integers.
 
     freeze_(model, "model.encodings")                                    an AIMET file
     freeze_(model, {"model.layers.0.mlp.up_proj.weight": encoding, ...})
@@ -44,21 +44,22 @@ def freeze_(
         from an encoding    codes = round(W / scale) - offset, if |W - W_hat| <= 0.01 scale
         from integers       W_hat = (codes + offset) scale
 
-    Weights that are stored in float16 or bfloat16 may be off by the rounding of their type.
+    Weights in float16 or bfloat16 may be off the grid by the rounding of their type.
 
     Args:
-        grids: an AIMET encodings file, or an encoding or integers by the weight's name, in the
+        model: the float model.
+        grids: an AIMET encodings file, or a dict from weight names to encodings or integers, in the
             layout [out, in] of a Linear layer.
-        keep_float, block_order, prefix: with an encodings file, as in `open_checkpoint`.
+        keep_float, block_order, prefix: for an encodings file; see `open_checkpoint`.
 
     Raises:
         EncodingsFileError: the file cannot be read, or does not fit the model.
-        GridError: a name is not a weight that can be packed, a weight is off its grid (named,
-            with the distance in steps), or integers do not fit it: the model is unchanged. Or a
+        GridError: a name is not a weight that can be packed, a weight is off its grid (the message
+            has the distance in steps), or integers do not fit it: the model is unchanged. Or a
             packed layer would not compute its codes (see `assert_frozen`): load the model again.
 
     Warns:
-        QwloraWarning: an encodings file has entries of parameters that the model does not have, or
+        QwloraWarning: an encodings file has entries for parameters that the model does not have, or
             that cannot be packed.
     """
     inner = model_to_pack(model)
@@ -106,7 +107,6 @@ def freeze_(
 
 
 def _on_grid(weight: Tensor, encoding: Encoding) -> QuantizedTensor:
-    """The codes of a weight that lies on the grid."""
     values = weight.detach().float()
     quantized = QuantizedTensor(encoding.quantize(values), encoding)
     ones = torch.ones_like(quantized.codes)

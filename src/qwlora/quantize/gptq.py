@@ -29,10 +29,10 @@ from qwlora.grid.scheme import Blocks, PerChannel, Scheme
 from qwlora.grid.second_moments import factor_damped
 from qwlora.quantize.scale_search import search_scale, storable_scale
 
-# Matrices are transposed here, [in, out], so that a column of the weight is contiguous: half of the
-# time (docs/log/solvers.md). Scales and offsets are rows for runs of columns that share them:
-# [1, out] per channel, [in / size, out] in blocks.
-_RUN = 32  # columns between two updates of all that follow
+# Matrices are transposed here, [in, out], so that a column of the weight is contiguous, which
+# halves the time (docs/log/solvers.md). Scales and offsets have one row per run of columns that
+# share them: [1, out] per channel, [in / size, out] in blocks.
+_RUN = 32  # columns between two updates of the remaining columns
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class GptqSettings:
 
     damping: float = 0.01  # added to the diagonal of R, as a share of its mean
     activation_order: bool = False  # quantize the columns with the largest inputs first
-    # Blocks of 32: 0.57 of gptqmodel's error in 1.9 of its time; without sweeps 0.67 in 0.86. Four
-    # sweeps gain 2 % more and take 1.5 times as long as two (docs/log/solvers.md).
+    # Blocks of 32: 0.57 times gptqmodel's error in 1.9 times its time; 0.67 and 0.86 times without
+    # sweeps. Four sweeps gain 2 % more and take 1.5 times as long as two (docs/log/solvers.md).
     sweeps: int = 2  # passes of coordinate descent afterwards, see `_refine`
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ def solve_gptq(
 
 
 def input_importance(moment: Tensor, settings: GptqSettings | None = None) -> Tensor:
-    """1 / U_ii^2 of each input: what a column's squared error costs once it is compensated."""
+    """1 / U_ii^2 of each input: the cost of a column's squared error after compensation."""
     order = torch.arange(len(moment), device=moment.device)
     _, upper, _ = _factored(moment.float(), order, (settings or GptqSettings()).damping)
     return upper.diagonal().square().reciprocal()
@@ -97,8 +97,8 @@ def _factored(moment: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Te
 
     mean = float(moment.diagonal().mean()) or 1.0
     hessian = moment.clone()
-    # A column that no input reached has no errors to compensate: with a diagonal of its own, it is
-    # rounded to nearest.
+    # A column that no input reached has no errors to compensate. Any positive diagonal makes GPTQ
+    # round it to nearest.
     hessian.diagonal()[moment.diagonal() <= 0] += mean
     return factor_damped(hessian, mean, damping, factor)
 
@@ -146,7 +146,7 @@ def _round_columns(
     grid = _Grid(encoding, columns)
     rows = (order // grid.size).tolist()
     weight = weight.T[order].contiguous()
-    # Neighbors in the order of activations are of different blocks.
+    # Neighbors in activation order belong to different blocks.
     size = 1 if scales_first and isinstance(scheme.granularity, Blocks) else grid.size
     steps = torch.empty_like(weight)
     for start in range(0, columns, _RUN):
@@ -197,8 +197,8 @@ def _refine(
         scale of block b     s_b <- s_b + sum_b n g / sum_bb n H n  (per row; not LPBQ, tensor)
         code of column i     n_i <- clamp(round((w_hat_i + g_i / H_ii) / s)),      g = (W - W_hat) H
 
-    The first is the least squares scale for the codes as they are, the second is QuantEase (Behdin
-    et al. 2023, https://arxiv.org/abs/2309.01885).
+    The first is the least-squares scale for the current codes, the second is QuantEase (Behdin et
+    al. 2023, https://arxiv.org/abs/2309.01885).
     """
     columns, scheme = weight.shape[1], start.encoding.scheme
     granularity = scheme.granularity
@@ -217,7 +217,7 @@ def _refine(
             curvature = ((hessian[block, block] @ n) * n).sum(0)
             wanted = old + (n * gradient[block]).sum(0) / curvature
             new = scheme.granularity.nearest(storable_scale(wanted)) if is_free else wanted
-            # Rounded to float16, a new scale may be farther from the best one than the old scale.
+            # After rounding to float16, the new scale may be worse than the old one.
             is_better = (new - wanted).abs() < (old - wanted).abs()
             new = torch.where(torch.isfinite(wanted) & (wanted * old > 0) & is_better, new, old)
             grid.scale[row] = new

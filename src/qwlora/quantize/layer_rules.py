@@ -31,7 +31,7 @@ from qwlora.system.parameter_names import canonical_name, is_adapter_name
 
 @dataclass(frozen=True)
 class LayerRule:
-    """What happens to the layers whose path matches."""
+    """The scheme and solver of all layers whose path matches."""
 
     match: str  # a glob (`*`, `?`, `[...]`) over the whole canonical module path
     scheme: Scheme | None  # None keeps them float
@@ -51,7 +51,7 @@ class Assignment:
 class Candidate:
     """A tensor that can be packed."""
 
-    paths: tuple[str, ...]  # of the layers that read it, or its own if it is no layer's weight
+    paths: tuple[str, ...]  # paths of the layers that read it; its own if it is no layer's weight
     by_default: bool  # whether it is quantized without a rule
     has_matrix_input: bool  # whether a solver that needs calibration can solve it
 
@@ -105,7 +105,7 @@ def plan_layers(
     for name, todo in plan.items():
         scheme, shape = todo.scheme, tuple(tensor_out_in(model, name).shape)
         if len(shape) == 3 and isinstance(scheme.granularity, PerChannel):
-            # A channel of a bank of experts is a row of one of them.
+            # In a bank of experts, a channel is one row of one expert.
             scheme = replace(scheme, granularity=PerBlock(shape[-1]))
         try:
             PackedTensor.empty(scheme, shape)

@@ -7,11 +7,12 @@ how much they matter.
 
 x_t and z_t are a layer's input and output at token t, y_s the block's output at token s. The mean
 of w_t over r is `sum_s |dy_s / dz_t|_F^2 / |y_s|^2` (Hutchinson's estimator, one probe per batch):
-how much an error of the layer at token t changes the block's output, relative to its size.
+the relative change of the block's output per error of the layer at token t.
 
 GuidedQuant (Kim et al. 2025, https://arxiv.org/abs/2505.07004) uses the gradient of the loss; this
-needs no loss and only one block of the model. That the cost of an error is nearly a product of two
-such moments is K-FAC (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671).
+needs no loss and only one block of the model. K-FAC (Martens and Grosse 2015,
+https://arxiv.org/abs/1503.05671) shows that the cost of an error is nearly a product of two such
+moments.
 
 y is the first tensor in the block's result that depends on its layers. Masked tokens count like
 others, so calibration data should have no padding.
@@ -66,7 +67,7 @@ def observe(
     products = {name: m for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
     if not products:
         return {}
-    # G of a layer that is the whole block, such as a head, would be a multiple of the identity.
+    # If a layer is the whole block, such as a head, its G would be a multiple of the identity.
     statistics = {
         name: Observed(
             SecondMoment(), SecondMoment() if outputs and name != f"{block}.weight" else None
@@ -101,10 +102,10 @@ def observe(
 
 
 def _add_call(observed: Observed, name: str, x: Tensor, gradient: Tensor) -> None:
-    # Nearly all tokens attend to the first one, so an error in its value changes every output. Its
-    # hidden state is so large that the next norm divides an error of it away. Without weights, R
-    # loses the first effect, and the second dominates it: perplexity 21.80 at 4 bits in blocks of
-    # 32 with long inputs bounded, 19.90 with these weights (docs/log/solvers.md).
+    # Nearly all tokens attend to the first one, so errors in its value reach every output. But its
+    # hidden state is so large that the next norm removes errors in it. Without weights, R ignores
+    # the first effect and is dominated by the second: perplexity 21.80 at 4 bits in blocks of 32
+    # with long inputs bounded, 19.90 with these weights (docs/log/solvers.md).
     try:
         observed.input.update(x, gradient.float().square().sum(-1))
         if observed.output is not None:
@@ -114,7 +115,7 @@ def _add_call(observed: Observed, name: str, x: Tensor, gradient: Tensor) -> Non
 
 
 def _add_processes(moment: SecondMoment, device: torch.device) -> None:
-    # An expert may get no token in one of them, which then has no total.
+    # In one of the processes, an expert may get no token and so have no total.
     parts = gathered((moment.weight, 0 if moment.total is None else len(moment.total)))
     moment.weight = sum(weight for weight, _ in parts)
     if (width := max(width for _, width in parts)) and moment.total is None:

@@ -1,5 +1,5 @@
-"""Quantize a model block by block, each on the inputs that the already quantized blocks before it
-give.
+"""Quantize a model block by block. Each block's inputs are computed by the quantized blocks before
+it.
 
 A block is a member of an outermost `ModuleList` (a decoder block) with tensors to quantize, or a
 layer outside all lists. For each block, in the order of the forward pass:
@@ -82,8 +82,8 @@ def quantize_blocks_(
             pack_at_(model, name, quantized.to(device))
             reports[canonical_name(name)] = report
 
-    # One batch through the model says which blocks no data reaches, before the first is packed.
-    # From files, that would read the whole checkpoint twice.
+    # One batch through the model shows which blocks no data reaches, before the first is packed. If
+    # the model is in files, that would read the whole checkpoint twice.
     if not any(tensor_out_in(model, name).is_meta for name in plan):
         with BlockRunner(model, blocks, batches[:1]) as runner:
             unreached({canonical_name(name) for path in runner for name in blocks[path]})
@@ -122,13 +122,16 @@ def _solve(
 def observe_moments(
     model: nn.Module, calibration: Tensor | Iterable[Any], *, track: Track = untracked
 ) -> Iterator[tuple[str, LayerMoments]]:
-    """The canonical path and the second moments of each packed linear layer, block by block: what
-    `initialize_` needs for `qera`. `dict` keeps them; they take `in^2 + out^2` floats a layer.
+    """Observe the second moments that `initialize_` needs for `qera`, block by block.
 
     Args:
         model: the quantized base, without adapters.
         calibration: text of the adapter; see `quantize_`. 4,096 tokens suffice
             (docs/log/initialization.md).
+
+    Returns:
+        The canonical path and the second moments R [in, in] and G [out, out] of each packed linear
+        layer. `dict` keeps them all in memory.
 
     Raises:
         GridError: no layer is packed, or the model has an adapter.
@@ -154,8 +157,8 @@ def observe_moments(
 
 
 def batches_of(calibration: Tensor | Iterable[Any] | None, model: nn.Module) -> Batches:
-    """The keyword arguments of `model`, batch by batch, of the `calibration` of `quantize_`. Each
-    of several processes gets every n-th batch."""
+    """The batches of `calibration` (see `quantize_`) as keyword arguments of `model`. Each of
+    several processes gets every n-th batch."""
     if calibration is None:
         raise GridError(
             "solver gptq and moments need calibration data: token ids, or batches of the model's "
@@ -187,7 +190,7 @@ def tensors_by_block(model: nn.Module, tensors: Iterable[str]) -> dict[str, list
 
 
 class _BlockCache:
-    """Finished blocks on disk. `read` them in model order, and `write` those that are missing."""
+    """Finished blocks on disk. Call `read` in model order, and `write` if a block is missing."""
 
     # The key of a block's file is a SHA-256 of everything that the result depends on. The digest
     # grows block by block, because a block's inputs depend on every block before it.
@@ -207,7 +210,7 @@ class _BlockCache:
         update_digest(self._digest, [revisions, settings, *named_inputs(batches)])
         inside = tuple(f"{block}." for block in blocks)
         for name, (_, tensor) in base_tensors(model).items():
-            # With a checkpoint larger than memory, tensors not read yet have no values.
+            # In a checkpoint larger than memory, tensors that were not read yet have no values.
             if not name.startswith(inside) and not tensor.is_meta:
                 update_digest(self._digest, [name, tensor])
 

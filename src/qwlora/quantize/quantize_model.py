@@ -3,9 +3,9 @@
     quantize_(model, "w4-block32")
         each layer on its own (rtn, search, sqnr)
     quantize_(model, "w4-block32", "gptq", calibration=token_ids)
-        block by block, on the inputs that the quantized blocks before give
+        block by block, with inputs computed by the quantized blocks before
     quantize_checkpoint(checkpoint, tokenizer, folder, source, "w4-block32", ...)
-        the same for a checkpoint that need not fit into memory
+        the same for a checkpoint that may be larger than memory
 
 `layer_rules.py` says which layers, on which grid, by which solver. Works before or after PEFT has
 wrapped the layers: only the innermost base layer is replaced.
@@ -19,8 +19,8 @@ one shard. With calibration:
     released   a block: written to disk when the last batch has arrived at the next block
                everything else: at the end
 
-Memory holds the tensors outside the blocks, one block as floats (two while batches move on), its
-moments, the activations of a batch, one shard, and the hidden states of the batches.
+Memory holds the tensors outside the blocks, one block as floats (two while batches move to the next
+block), its moments, the activations of a batch, one shard, and the hidden states of the batches.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ from qwlora.system.progress import Track, untracked
 class BaseSize:
     """Size of the packed layers."""
 
-    bytes: int  # of codes, scales and offsets
+    bytes: int  # size of codes, scales and offsets
     weights: int
-    float_weights: int  # that stay float
+    float_weights: int  # number of weights that stay float
 
     @property
     def bits_per_weight(self) -> float:
@@ -79,11 +79,11 @@ class BaseSize:
 
 @dataclass(frozen=True, repr=False)
 class QuantizeReport:
-    """The size of the base, and how each tensor was quantized by its canonical name."""
+    """The size of the base, and the solver and error of each quantized tensor by canonical name."""
 
     size: BaseSize
     layers: dict[str, LayerReport] = field(default_factory=dict)
-    budget_rules: tuple[LayerRule, ...] = ()  # what a `BitBudget` chose
+    budget_rules: tuple[LayerRule, ...] = ()  # the schemes that a `BitBudget` chose
 
     def __repr__(self) -> str:
         counts = Counter(f"{layer.scheme} by {layer.solver}" for layer in self.layers.values())
@@ -107,19 +107,23 @@ def quantize_(
     budget: BitBudget | None = None,
     track: Track = untracked,
 ) -> QuantizeReport:
-    """Quantize the layers of `model` in place.
+    """Quantize the layers of `model` in place: W becomes `W_hat = (codes + offset) * scale`.
 
     Args:
+        model: the float model, with or without PEFT's wrappers.
         scheme: the grid of every weight, or its short name (`w4-block32`, see `parse_scheme`).
         solver: `rtn`, `search`, `sqnr` or `gptq` (see `solvers.py`).
         rules: exceptions for some layers (see `layer_rules.py`).
-        settings: of solvers, by name: `{"gptq": GptqSettings(sweeps=0)}`.
+        settings: settings of solvers, by name: `{"gptq": GptqSettings(sweeps=0)}`.
         calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts,
             tensors, tuples); needed by gptq.
-        work: a folder for finished blocks; the same call resumes after the last one in it. What the
-            fingerprint cannot see (`nn/fingerprint.py`) must not change in between.
+        work: a folder for finished blocks; the same call resumes after the last finished block.
+            Model state that the fingerprint does not cover (`nn/fingerprint.py`) must not change.
         budget: choose a scheme for each matrix product that `rules` do not name
-            (`bit_budget.py`). The report has the rules for it.
+            (`bit_budget.py`). The report has the rules that it chose.
+
+    Returns:
+        The size of the base, and the error of each quantized tensor.
 
     Raises:
         GridError: a scheme does not fit its layer (all such layers are named), a rule matches
@@ -151,13 +155,13 @@ def quantize_checkpoint(
     **options: Any,
 ) -> tuple[str, QuantizeReport]:
     """Write the base of `checkpoint` into `folder`, which must exist; returns its fingerprint and
-    the report. Same result as `quantize_` and `save_base`; see the module for what is in memory.
+    the report. Same result as `quantize_` and `save_base`; the module describes the memory use.
 
     Args:
-        folder: None in a process that shares the work, but does not write.
+        folder: None in a process that shares the work but does not write.
         scheme, options: as for `quantize_`. Without a scheme, the checkpoint's integers are kept.
-        shard_bytes: size of a shard, which is also held in memory.
-        device: where blocks are solved; it holds what memory held above, shards excepted.
+        shard_bytes: size of a shard, which is held in memory.
+        device: where blocks are solved. It then holds everything except the shard.
     """
     lazy = LazyModel(checkpoint, device)
     with nullcontext() if folder is None else replacing_base(Path(folder), shard_bytes) as writer:
@@ -168,8 +172,8 @@ def quantize_checkpoint(
 
 
 class InFiles:
-    """A checkpoint whose modules are in memory until they are quantized and go to `writer`, or
-    nowhere without one."""
+    """A checkpoint whose modules are in memory until they are quantized and go to `writer`, if
+    there is one."""
 
     def __init__(self, lazy: LazyModel, writer: BaseWriter | None):
         self.lazy, self.writer, self.model = lazy, writer, lazy.model
@@ -212,7 +216,7 @@ class InFiles:
                 if (following := dict(pairwise(blocks)).get(path)) is not None:
                     self.lazy.read_ahead(following)
             arrivals[path] += 1
-            # The block before this one is in use until the last batch has left it.
+            # The previous block is in use until the last batch has left it.
             if arrivals[path] == batches and len(visited) > 1:
                 block = visited[-2]
                 readers = (
@@ -258,8 +262,8 @@ def _pack_(
     budget: BitBudget | None = None,
     track: Track = untracked,
 ) -> tuple[dict[str, LayerReport], tuple[LayerRule, ...]]:
-    """Quantize and pack the layers of `model`, from `files` or in memory. Returns their reports,
-    and the rules that a budget gave."""
+    """Quantize and pack the layers of `model`, from `files` or in memory. Returns their reports and
+    the rules that a budget chose."""
     reports, chosen = dict[str, LayerReport](), list[LayerRule]()
     plan = {} if scheme is None else plan_layers(model, scheme, solver, rules, settings)
     # Tensors that are still in files are checked when they are read.
@@ -274,7 +278,7 @@ def _pack_(
         with floats.blocks(blocks, len(batches)) if floats else nullcontext():
             unchanged = floats.model if floats else model
             chosen = budget_rules(unchanged, plan, rules, wanted, blocks, batches, track)
-        # An expert may get no token in one of several processes, which then chooses otherwise.
+        # In one of several processes an expert may get no token, and the choices would differ.
         chosen = gathered(chosen)[0]
         plan = plan_layers(model, scheme, solver, [*rules, *chosen], settings)
     if any(SOLVERS[todo.solver].needs_calibration for todo in plan.values()):
@@ -306,10 +310,10 @@ def model_to_pack(model: nn.Module) -> nn.Module:
 
 
 def finish_packing_(model: nn.Module) -> None:
-    """Make a base of a model whose weights were packed."""
+    """Turn a model whose weights were packed into a base."""
     if isinstance(model, PreTrainedModel):
         tie_weights_(model)
-        # transformers 5.24 keeps calling a model quantized whose GGUF weights it has made floats.
+        # transformers 5.24 still marks a model as quantized after it has dequantized a GGUF file.
         if getattr(model, "quantization_method", None) == "gguf":
             cast(Any, model).hf_quantizer.remove_quantization_config(model)
     save_as_base_(next(base_modules(model))[1])

@@ -1,13 +1,13 @@
-"""Quantize one tensor of a model and report how well.
+"""Quantize one tensor of a model and report the error.
 
-A float tensor may already lie on a uniform grid of few levels: then quantizing rounds it a second
-time, and the grid that it has is the better one. A run of weights w lies on a grid with at most 2^b
+A float tensor may already lie on a uniform grid with few levels. Quantizing then rounds it a second
+time, and keeping its own grid would be better. A run of weights w lies on a grid with at most 2^b
 levels if, for some whole number K < 2^b,
 
     (w - min w) * K / (max w - min w)    are whole numbers
 
-K is the number of steps that the run spans. Not recognized: grids whose scale changes from one
-input to the next, and grids in a type whose rounding is as large as a step (8 bits in bfloat16).
+K is the number of steps that the run spans. Grids whose scale changes from one input to the next
+are not recognized, nor grids in a type whose rounding is as large as a step (8 bits in bfloat16).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _SAME_GRID = 5e-3  # relative error up to which a second grid counts as the firs
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How one layer was quantized."""
+    """Scheme, solver and error of one quantized layer."""
 
     scheme: str
     solver: str
-    error: float | None = None  # of outputs, `tr(D R D^T) / tr(W R W^T)`, if R is known
+    error: float | None = None  # output error `tr(D R D^T) / tr(W R W^T)`, if R is known
     rtn_error: float | None = None  # the same for rounding to nearest
     damping: float | None = None  # that made the second moment positive definite (gptq)
     # `|W - W_hat| / |W|` of weights that were on another grid with as few levels before
@@ -71,8 +71,8 @@ def solve_tensor(
 
 
 def is_on_grid(weight: Tensor, bitwidth: int) -> bool:
-    """Whether most runs of `weight` [..., in] that can tell lie on a uniform grid of at most
-    2^bitwidth levels."""
+    """Whether `weight` [..., in] lies on a uniform grid of at most 2^bitwidth levels, as far as its
+    runs can tell: most of them must."""
     if weight.is_meta or bitwidth > 8 or not weight.numel():
         return False
     rows = weight.detach().reshape(-1, weight.shape[-1])
@@ -106,8 +106,8 @@ def warn_of_second_rounding(reports: Mapping[str, LayerReport]) -> None:
     worst = sorted(rounded.items(), key=lambda item: -item[1])
     shown = listed(f"{name} by {error:.1%}" for name, error in worst)
     warnings.warn(
-        "some weights had been quantized before, and are now rounded a second time, to another "
-        f"grid, which changes them: {shown}. If you have the quantized file, keep its integers: "
+        "some weights had been quantized before and are now rounded again, to another grid, which "
+        f"changes them: {shown}. If you have the quantized file, keep its integers: "
         "base.solver: keep in a recipe, qwlora.load_precomputed in Python",
         QwloraWarning,
         stacklevel=3,

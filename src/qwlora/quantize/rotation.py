@@ -2,7 +2,7 @@
 the same (QuaRot, https://arxiv.org/abs/2404.00456; SpinQuant, https://arxiv.org/abs/2405.16406).
 
 Let h [width] be a token's residual stream and Q [width, width] orthogonal. A root mean square norm
-does not notice Q once its gain g is in the layers that read it:
+commutes with Q once its gain g is moved into the layers that read it:
 
     embedding                E <- E Q
     layers that read h       W <- W diag(g) Q, g <- 1
@@ -13,12 +13,12 @@ Q is a random diagonal of signs times `H (x) O`. H is a Hadamard matrix whose si
 power of two that divides the width, and O a random orthogonal matrix. P is the same for the width
 of a head. Q spreads outliers of a few channels over all of them. Nothing is added at run time.
 
-The captured graph tells which layers read and write the stream; no architecture is known by name.
-These modules are refused, by their path:
+The captured graph shows which layers read and write the stream; no architecture is known by name.
+These modules are refused, and the message names their path:
 
 - LayerNorm, which subtracts the mean of channels
 - a norm between a layer and the sum that it writes to (Gemma 2 and 3, OLMo 2): its gain stays there
-- experts in one tensor, convolutions and anything else but linear layers that reads the stream
+- experts in one tensor, convolutions and other readers of the stream that are not linear layers
 - weights that the example does not reach, such as a vision tower: they may write to the stream
 """
 
@@ -59,8 +59,8 @@ from qwlora.system.device import device_of, moved
 _OTHER_AXES = """view reshape _unsafe_view slice select index index_select expand squeeze unsqueeze
 clone contiguous alias detach to _to_copy"""
 _KEEPS_LAST_AXIS = MOVES_DATA & frozenset(_OTHER_AXES.split())
-LARGEST_DIFFERENCE = 1e-3  # of the largest output; another function differs by about 1
-_ROWS = 4096  # of a weight that are in float64 at a time
+LARGEST_DIFFERENCE = 1e-3  # relative to the largest output; wrong outputs differ by about 1
+_ROWS = 4096  # rows of a weight that are in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Rotation:
 
     @classmethod
     def random(cls, width: int, seed: int) -> Rotation:
-        """The rotation of a width; the same for a seed on every machine with one build of torch."""
+        """A random rotation, which depends only on the seed and on the build of torch."""
         generator = torch.Generator().manual_seed(seed)
         # `width & -width` is the largest power of two that divides the width.
         odd = width // (width & -width)
@@ -104,21 +104,14 @@ class Rotation:
 
 @dataclass(frozen=True)
 class RotationReport:
-    """What was rotated, and how much the outputs on the example differ from before.
-
-    Args:
-        readers, writers: layers that read and write the residual stream.
-        heads: pairs of a value and an output layer that are also rotated within each head.
-        untied: layers that have a weight of their own now.
-        difference: the largest, over the largest output.
-    """
+    """The rotated layers, and the largest change of the outputs on the example."""
 
     width: int
     readers: tuple[str, ...]  # layers that read the residual stream
     writers: tuple[str, ...]
     heads: tuple[tuple[str, str], ...]  # pairs of a value and an output layer, rotated in each head
-    untied: tuple[str, ...]  # layers that have a weight of their own now
-    difference: float  # the largest, over the largest output
+    untied: tuple[str, ...]  # layers that were tied and now have their own weight
+    difference: float  # largest change of an output, relative to the largest output
 
 
 @dataclass
@@ -131,14 +124,19 @@ class _Plan:
 
 @torch.no_grad()
 def rotate_(model: nn.Module, example_inputs: Mapping[str, Any], seed: int = 0) -> RotationReport:
-    """Rotate the residual stream and the heads of a float model in place. Do it first.
+    """Rotate the residual stream and the heads of a float model in place, before quantization.
 
     Args:
-        example_inputs: as for `simulate`. Every weight must have a part in what they compute.
+        model: the float model.
+        example_inputs: as for `simulate`. Every weight must affect the outputs.
+        seed: seed of the random rotation.
+
+    Returns:
+        The rotated layers, and the largest change of the outputs.
 
     Raises:
-        CaptureError: the model cannot be captured, something that cannot be rotated reads or writes
-            the residual stream (it is named, and the model is unchanged), or the outputs differ.
+        CaptureError: the model cannot be captured, or a module that cannot be rotated reads or
+            writes the residual stream (the model is unchanged), or the outputs differ.
 
     If it is interrupted, or the outputs differ, the model is only partly rotated: load it again.
     """
@@ -192,7 +190,7 @@ def _planned(captured: Captured, model: nn.Module) -> _Plan:
 
 
 class _Stream:
-    """The values of the residual stream, and what reads and writes them."""
+    """The values of the residual stream, and the nodes that read and write them."""
 
     def __init__(self, model: nn.Module, plan: _Plan):
         self.model, self.plan = model, plan
@@ -200,7 +198,7 @@ class _Stream:
         self.seen: set[Node] = set()
 
     def follow(self, start: Node) -> None:
-        """Enter everything that is in the stream because `start` is."""
+        """Add `start` and all values that belong to the stream because of it."""
         waiting = [start]
         while waiting:
             node = waiting.pop()
@@ -258,7 +256,7 @@ class _Stream:
                 raise _cannot(f"{name} of {place_of(user)} reads the residual stream")
 
     def _scaled(self, node: Node) -> Any:
-        """The factor of a product whose other factor is a number, or one for each token."""
+        """The factor of a product whose other factor is one number, or one number per token."""
         first, second = node.args[:2]
         if _is_one_number(second):
             return first
@@ -318,7 +316,7 @@ def _is_one_number(argument: Any) -> bool:
 
 
 def _find_heads(node: Node, model: nn.Module, plan: _Plan) -> None:
-    """Enter the layers before the values of an attention and after it, if both are plain."""
+    """Add an attention's value layer and output layer to the plan, if both are plain."""
     arguments: Any = node.args
     match operation(node):
         case "scaled_dot_product_attention":
@@ -329,7 +327,7 @@ def _find_heads(node: Node, model: nn.Module, plan: _Plan) -> None:
             return
     width, source, target = int(values.meta["val"].shape[-1]), values, node
     while (before := moved_from(source)) is not None:
-        # A part of a layer that also computes queries and keys, as in Phi-3.
+        # In Phi-3, for example, one layer also computes queries and keys.
         if source.meta["val"].numel() < before.meta["val"].numel():
             return
         source = before
@@ -347,7 +345,7 @@ def _find_heads(node: Node, model: nn.Module, plan: _Plan) -> None:
 
 
 def _untie_(model: nn.Module, plan: _Plan) -> tuple[str, ...]:
-    # A weight that both reads and writes, as a tied head, becomes two: they are no longer equal.
+    # A weight that both reads and writes, such as a tied head, becomes two different weights.
     first: dict[int, tuple[bool, str | None]] = {}
     untied = []
     for path in (*plan.writers, *plan.readers):

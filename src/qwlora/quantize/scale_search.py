@@ -1,4 +1,4 @@
-"""Solvers that look at the weight alone: an encoding, then round to nearest.
+"""Solvers that need no data: find an encoding from the weight, then round to nearest.
 
     rtn       min-max range; AIMET's numbers
     search    the encoding with the least squared error in each group
@@ -11,10 +11,10 @@ The search, which gptq uses too, finds for each group of weights w
 `h_j >= 0` is the importance of input j; `c_j` is `clipping_penalty` (3 for sqnr) where the grid
 clips w_j, else 1.
 
-Candidates are fractions of the min-max range down to 0.3, and below as long as the error of some
-group falls. Then follow the best scale for the codes found, `sum h w n / sum h n^2` with
-`n = q + offset`, and the neighboring offsets of an asymmetric grid. Signed blocks try both signs.
-Scales of blocks are rounded to float16 wherever float16 has its full precision.
+Candidates are fractions of the min-max range down to 0.3, and smaller ones as long as the error of
+some group falls. The best scale for the resulting codes comes next, `sum h w n / sum h n^2` with
+`n = q + offset`, then the neighboring offsets of an asymmetric grid. Signed blocks try both signs.
+Block scales are rounded to float16 if they are in the range of its full precision.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def search_scale(
     for fraction in _COARSE if coarse else _FRACTIONS:
         offer(fraction)
     improved = not coarse
-    # With one grid per tensor, an outlier among a million values makes a tenth of the range best:
-    # down to 0.3 only, the error is up to 2.28 times that of AIMET (docs/log/solvers.md).
+    # With one grid per tensor and an outlier among a million values, a tenth of the range is best.
+    # A search down to 0.3 has up to 2.28 times AIMET's error (docs/log/solvers.md).
     while improved and fraction > _NARROWEST:
         fraction, before = 0.9 * fraction, best.error
         offer(fraction)
@@ -94,7 +94,7 @@ def search_scale(
 
 
 def storable_scale(scale: Float[Tensor, "*groups"]) -> Float[Tensor, "*groups"]:
-    """The nearest scales that float16 holds with full precision, or the same outside its range."""
+    """The nearest scales with float16's full precision; scales outside its range do not change."""
     half = scale.half().float()
     return torch.where((scale.abs() >= _HALF_NORMAL) & torch.isfinite(half), half, scale)
 
@@ -146,7 +146,6 @@ class _Best:
 
 
 def _solver(encode: Callable[[Tensor, Scheme], Encoding]) -> Solve:
-    """Round to nearest on the encoding that `encode` gives."""
 
     def solve(
         weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: None

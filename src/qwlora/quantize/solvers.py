@@ -1,4 +1,4 @@
-"""The registry of solvers, how codes and encoding of a float weight are found, and of revisions.
+"""The registry of solvers, which find the codes and encoding of a float weight, and of revisions.
 
     solve(weight, scheme, moment, settings) -> (QuantizedTensor, report)
 
@@ -10,8 +10,8 @@
 It raises GridError if the scheme does not fit the weight, and CalibrationError if weight or moment
 hold nan or infinity, or the moment is missing.
 
-A new solver is one module with such a function and, if it has settings, their class, one entry here
-and its revision. Recipes and rules take the names from here.
+A new solver needs a module with such a function and a class for its settings, if any, and an entry
+and a revision in this file. Recipes and rules take the names from here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Solver:
-    """A solver. A recipe has its settings in the key of `base` that has its name."""
+    """A solver. A recipe sets its settings in `base`, under the solver's name."""
 
     name: str
     # As "module:function": a solver's module, and torch, are imported when it first solves.
@@ -73,9 +73,9 @@ def solver_named(name: str) -> Solver:
 
 
 # Revisions of the algorithms whose results are stored. Stage keys and caches contain the revisions
-# of what they run, so results of an older one are computed again. Raise a number when the same
-# inputs give other results: tests/quantize/test_revisions.py fails if a result changes and its
-# number does not.
+# of their algorithms, so results of older revisions are computed again. Raise a number when the
+# same inputs give different results: tests/quantize/test_revisions.py fails if a result changes and
+# its number does not.
 REVISIONS = {
     # solvers, by their names in a recipe
     "rtn": 1,

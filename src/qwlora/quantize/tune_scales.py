@@ -5,14 +5,14 @@
 
 g and h are the logits of the float and the quantized model; f is one number per scale and per
 channel of a norm, starting at zero, trained by AdamW with a cosine schedule. Memory: both models,
-the activations of one sequence and some copies of its logits (at most 512 positions). Time: about
-that of training an adapter for as many steps.
+the activations of one sequence and some copies of its logits (at most 512 positions). A step takes
+about as long as a training step of an adapter.
 
 `tuned_parameters.py` says which scales and norms.
 
-Sources: the second phase of EfficientQAT (Chen et al. 2024, https://arxiv.org/abs/2407.11062), with
-the float model's distribution instead of the text; norm tweaking (Li et al. 2023,
-https://arxiv.org/abs/2309.02784) for the norms.
+Sources: the second phase of EfficientQAT (Chen et al. 2024, https://arxiv.org/abs/2407.11062), here
+with the float model's distribution as target instead of the text. For norms: norm tweaking (Li et
+al. 2023, https://arxiv.org/abs/2309.02784).
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ from qwlora.system.parameter_names import canonical_name
 from qwlora.system.progress import Track, untracked
 
 HELD_OUT_SEQUENCES = 8  # or a quarter of all sequences, whichever is less
-_LARGEST_CHANGE = 0.5  # of a tuned value, relative
-_POSITIONS = 512  # of a sequence at which logits are compared
+_LARGEST_CHANGE = 0.5  # relative change of a tuned value
+_POSITIONS = 512  # most positions of a sequence at which logits are compared
 _WARMUP = 5  # steps
 _CLIP = 1.0  # norm of the gradient
 # A step takes a second or an hour, so checkpoints are written by the clock: every minute, or after
-# this many times as long as writing takes. Their size is three float32 numbers per tuned number.
+# this multiple of the writing time. A checkpoint has three float32 numbers per tuned number.
 _SECONDS_BETWEEN, _TIMES_WRITING = 60.0, 20
 
 
 @dataclass(frozen=True)
 class TuningSettings:
-    """How a base is tuned.
+    """Settings of `tune_`.
 
     Args:
         steps: number of steps, one sequence each.
         learning_rate: peak rate, relative to the tuned value. A scale shared by n weights of b bits
-            learns at `min(1, sqrt(n) / 2^b)` of the rate.
+            learns at `min(1, sqrt(n) / 2^b)` times the rate.
         compute: "float32", "bfloat16" (by autocast), or "auto": bfloat16 if the model's device has
             instructions for it, else float32.
-        seed: of the order of sequences.
+        seed: seed for the order of sequences.
     """
 
     steps: int = 128
@@ -78,8 +78,8 @@ class TuningReport:
     """The result of tuning.
 
     Args:
-        before, after: divergence of the float model's next token from the quantized one's, in nats,
-            on the held-out sequences.
+        before, after: KL divergence from the float model's next-token distribution, in nats, on the
+            held-out sequences.
         solver_scales: the layers' scales before tuning, by canonical path, if `kept`.
     """
 
@@ -102,14 +102,20 @@ def tune_(
     track: Track = untracked,
 ) -> TuningReport:
     """Tune scales of packed linear layers and weights of norms in place, to match the logits of
-    `teacher`.
+    `teacher`. The tuned values are kept only if held-out sequences improve.
+
+        minimize    mean over tokens  KL( softmax(teacher) || softmax(model) ),  in nats
 
     Args:
+        model: the quantized base.
         teacher: the float model.
         calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts,
             tensors, tuples); at least two.
         work: a folder for checkpoints; the same call with the same number of threads resumes from
             there and ends with the same bits.
+
+    Returns:
+        The divergence before and after, and whether the tuned values were kept.
 
     Raises:
         GridError: no linear layer is packed.
@@ -187,8 +193,9 @@ def _descend(
     checkpoint: tuple[Path, str] | None,
     track: Track,
 ) -> int:
-    """AdamW on the divergence, one sequence per step, none repeated until all are used. Returns the
-    number of steps that `checkpoint`, file and key of an unfinished call's state, has saved."""
+    """Minimize the divergence with AdamW, one sequence per step, none repeated until all are used.
+    Returns the number of steps in the saved state of an unfinished call; `checkpoint` is its file
+    and key."""
     generator = torch.Generator().manual_seed(settings.seed)
     by_rate = tuned.by_rate(settings.learning_rate)
     factors = [factor for group in by_rate.values() for factor in group]
@@ -247,7 +254,7 @@ def _divergence(
     compute: str,
     generator: torch.Generator,
 ) -> Tensor:
-    """Mean KL in nats, over the batch's positions, or some of them where it has many."""
+    """Mean KL in nats over the batch's positions, or over some of them if there are many."""
     arguments = set(arguments_of(model)) & set(arguments_of(teacher))
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     has_decoder = "decoder_input_ids" in inputs

@@ -4,7 +4,8 @@
     gain_hat = (1 + f) * gain                       gain = w, or 1 + w as in Gemma's norms
 
 One f for each scale of a plain linear layer: per tensor, channel or block; for LPBQ one for each
-row. A float offset gets the f of its scale. Norms tune the columns, which have no scale otherwise.
+row. A float offset gets the f of its scale. The only scale of a column is the gain of the norm
+before the layer, so gains are tuned too.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _PUBLISHED = (torch.bfloat16, torch.float16)  # dtypes of checkpoints, the likel
 
 
 class Tunable:
-    """What is tuned in `model`, and by how much: `factors`, by module name."""
+    """The tuned scales and gains of `model`, and their `factors` f by module name."""
 
     def __init__(self, model: nn.Module):
         modules = dict(model.named_modules())
@@ -73,7 +74,7 @@ class Tunable:
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Inside the block, everything is multiplied by `1 + f`, and f gets gradients."""
+        """Inside the block, tuned values are multiplied by `1 + f`, and f gets gradients."""
         with ExitStack() as stack:
             for name, layer in self.layers.items():
                 forward: Any = partial(_forward, layer, self.factors[name])
@@ -90,7 +91,7 @@ class Tunable:
 
     @torch.no_grad()
     def multiply_(self) -> None:
-        """Store everything multiplied by `1 + f` in the modules."""
+        """Multiply the tuned values in the modules by `1 + f`."""
         for name, layer in self.layers.items():
             parts = layer.tensor.parts
             old = parts.scale.float()
@@ -103,7 +104,7 @@ class Tunable:
                 layer.minimum = narrowest(parts.minimum.float() * (new / old))
         for name, norm in self.norms.items():
             if name in self.factors:
-                # As precise as the checkpoint: bfloat16 weights in float32 are rounded again.
+                # Keep the checkpoint's precision: float32 copies of bfloat16 weights are rounded.
                 dtype = narrowest(norm.weight, (*_PUBLISHED, norm.weight.dtype)).dtype
                 norm.weight.copy_(_tuned_gain(norm.weight, *self._gains[name]).to(dtype))
 
@@ -117,14 +118,14 @@ class Tunable:
 
 @torch.no_grad()
 def gain_constant(module: nn.Module) -> float | None:
-    """0 if `module` multiplies its channels by `w`, 1 if by `1 + w`; None if neither, or if it has
-    state of its own."""
+    """0 if `module` multiplies its channels by `w`, 1 if by `1 + w`. None if it does neither or has
+    other state."""
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 1 or not weight.is_floating_point():
         return None
     if [*module.children(), *module.buffers()]:
         return None
-    # Probed with numbers, because no class or attribute says how a norm uses its weight.
+    # Probed with numbers, because no class or attribute tells how a norm uses its weight.
     x = torch.linspace(-1, 2, 2 * len(weight), device=weight.device).view(2, -1)
     others = {
         name: torch.zeros_like(parameter, dtype=torch.float32)
@@ -199,6 +200,5 @@ class _TunedProduct(torch.autograd.Function):
 
 
 def _tuned(part: PackedWeight, values: Tensor, factor: Tensor) -> Tensor:
-    """`(1 + f) W` for the values of W [out, in]."""
     granularity = part.owner.scheme.granularity
     return (grouped(values, granularity) * (1 + aligned(factor, granularity, 2))).view(values.shape)

@@ -37,7 +37,7 @@ def resolve_compute(recipe: Recipe) -> Recipe:
 
 
 def is_foreign(recipe: Recipe, adapter: Adapter) -> bool:
-    """Whether an adapter continues one from elsewhere, not another one of the job."""
+    """Whether an adapter continues an imported adapter, not another adapter of the job."""
     return adapter.continue_from is not None and recipe.predecessor(adapter) is None
 
 
@@ -54,7 +54,7 @@ def reads_base_text(recipe: Recipe) -> bool:
 
 
 def sampled_sequences(recipe: Recipe) -> dict[int, int]:
-    """How many sequences the float model writes for each part of `base.calibration`, by number."""
+    """Number of sequences that the float model generates, by index in `base.calibration`."""
     base, adapters = recipe.base, recipe.adapters
     recovers = any(recovers_on_base_text(recipe, adapter) for adapter in adapters)
     if not recovers and not reads_base_text(recipe):
@@ -96,8 +96,8 @@ def compared_with(recipe: Recipe, kind: str, adapter: Adapter | None) -> str | N
 
 
 def without_recovery(recipe: Recipe, adapter: Adapter) -> Adapter:
-    """The adapter whose start `adapter` has on the float model."""
-    # There is nothing to recover on the float model, so adapters for recovery are left out.
+    """The adapter that `adapter` starts from on the float model."""
+    # Recovery adapters are skipped: there is nothing to recover on the float model.
     while (first := recipe.predecessor(adapter)) is not None and first.objective == "recovery":
         adapter = first
     return adapter

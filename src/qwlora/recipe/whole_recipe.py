@@ -380,13 +380,13 @@ class Recipe(Section):
         return list(dict.fromkeys(data.model_copy(update=cut) for data in texts))
 
     def calibration_texts(self, part: CalibrationText) -> list[Data]:
-        """The texts of a part of `base.calibration`; none if the float model writes it."""
+        """The texts of a part of `base.calibration`; none if the float model generates it."""
         if part.text in (JOB, MODEL):
             return self.base_texts() if part.text == JOB else []
         return [Data(source=part.text, sequence_tokens=self.data.sequence_tokens)]
 
     def budget_schemes(self) -> list[Scheme]:
-        """The schemes that `base.bits` chooses from: those that all targets hold."""
+        """The schemes that `base.bits` chooses from: those that all targets can hold."""
 
         def is_held(scheme: Scheme) -> bool:
             subject = Subject(weights={"": Weight(scheme, self.base.solver)})

@@ -1,4 +1,4 @@
-"""Inline SVG: drawings, scales, charts, and figures that are drawn for wide and for narrow windows.
+"""Inline SVG: drawings, scales, charts, and figures in a wide and a narrow version.
 
 Colors are classes, so that they follow the theme.
 """
@@ -152,8 +152,8 @@ def chart(
     """Rows of bars and dots on one scale; on a phone, names are above them.
 
     Args:
-        ends: of the scale. Default: a logarithmic one that has room for all values, and an axis.
-        line: where one is drawn through all rows, and its words.
+        ends: ends of the scale. Default: a logarithmic scale with room for all values, and an axis.
+        line: position and label of a line through all rows.
     """
     narrow, logarithmic = is_narrow(width), ends is None
     if ends is None:

@@ -24,7 +24,7 @@ from qwlora.targets.proof.folder import MODEL_CLASS, WITHOUT_CACHE
 from qwlora.targets.proof.readme import usage
 from qwlora.targets.registry import TARGETS
 
-# What was measured, its value, and the hub's name of the metric; None: it is of another model.
+# Label, value, and the hub's name for the metric (None: measured on another model).
 Number = tuple[str, Any, str | None]
 
 # What uploaded files reveal about the user's data; docs/data.md lists all places.
@@ -40,8 +40,8 @@ _known_origin = cache(origin_of)
 
 @dataclass(frozen=True)
 class Repositories:
-    """Where the hub has the files: ids of the base's and the adapter's repository, the license that
-    the user states, and the exported files that are uploaded."""
+    """Hub ids of the base and the adapter, the license that the user states, and the exported files
+    to upload."""
 
     base: str | None = None
     adapter: str | None = None
@@ -52,10 +52,10 @@ class Repositories:
 def card_text(
     job: Job, recipe: Recipe, adapter: str | None, hub: Repositories | None = None
 ) -> str:
-    """The card of an adapter; None: of the base.
+    """The card of `adapter`, or of the base if it is None.
 
     Args:
-        hub: for a card that is uploaded. Default: one in the job's directory.
+        hub: repositories of a card for the hub. None: the card is for the job's directory.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -78,10 +78,10 @@ def card_text(
         "license_name": origin.license_name,
         "license_link": origin.license_link,
     }
-    # The license of the model's files is not that of an adapter: the user must state it.
+    # An adapter's license is not that of the model's files, so the user must state it.
     if known.license or adapter:
         stated = {"license": known.license or UNKNOWN}
-    # A card names no folder of this machine.
+    # Cards contain no local paths.
     local_name = source if source.startswith("python:") else PurePath(source).name
     measured = [
         EvalResult(
@@ -142,7 +142,7 @@ def _of_base(job: Job) -> tuple[dict[str, Any], list[Number]]:
 
 
 def _of_adapter(job: Job, recipe: Recipe, name: str) -> tuple[dict[str, Any], list[Number]]:
-    # An adapter that continues another has the shape of that one; its own settings are defaults.
+    # An adapter that continues another has that adapter's shape; its own settings are defaults.
     root = recipe.root(next(a for a in recipe.adapters if a.name == name))
     amount = (job.section("texts", job.text_of(name) or "") or job.section("data")).get("train", {})
     return {
@@ -166,12 +166,12 @@ def _of_adapter(job: Job, recipe: Recipe, name: str) -> tuple[dict[str, Any], li
 
 
 def _runtimes(job: Job, adapter: str | None, hub: Repositories | None) -> Iterator[tuple[str, ...]]:
-    """For each target: its runtime, how to load the files, and of an adapter their proof."""
+    """For each target: its runtime, how to load the files, and for an adapter the proof."""
     for target in job.targets:
         known = TARGETS[target]
         if hub and not any(name.startswith(f"{target}/") for name in hub.exports):
             continue
-        # The reader of an uploaded card downloads the files into other folders than those of a job.
+        # Readers of an uploaded card have other folders than a job.
         base = f"base/{target}" if hub else f"export/{target}/base"
         folder = f"export/{target}" if known.has_cases else base
         exported = f"{adapter}/{target}" if hub else f"export/{target}/{adapter}"
@@ -204,7 +204,7 @@ def is_hub_dataset(data: Data) -> bool:
 
 
 def shown_text(data: Data) -> str:
-    """The text without folders of this machine."""
+    """The name of the text, without local folders."""
     source = data.source or ""
     if is_hub_dataset(data):
         return f"[{source}](https://huggingface.co/datasets/{source})"

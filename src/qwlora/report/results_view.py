@@ -1,4 +1,4 @@
-"""A job as the report reads it. A key that is missing was not measured."""
+"""The results of a job for the report. A missing key was not measured."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ KINDS = {
     "adapted": "With adapter",
     "simulated": "Simulated",
 }  # of models that are evaluated, in the order of the stages
-# What models are compared with: the float model as loaded, or with the same adapter trained on it.
+# Models to compare with: the float model as loaded, or with the same adapter trained on it.
 REFERENCES = {"float": "the float model", "reference": "float LoRA"}
 FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job. For what is not there, `section` returns an empty dict, and all else None.
+    """One job. For missing values, `section` returns an empty dict, other methods None.
 
     Args:
         results: the content of results.json.
@@ -111,15 +111,15 @@ class Job:
         return self.get("train", adapter or "", "text")
 
     def texts(self) -> dict[str, tuple[str, ...]]:
-        """Where the results describe each text, by the name of the first adapter that has it; the
-        only one is nameless."""
+        """Path of each text's description in the results, by the name of the first adapter with
+        that text; a single text has an empty name."""
         named = {name: ("texts", name) for name in self.section("texts")}
         return {name: path for name, path in named.items() if self.section(*path)} or {
             "": ("data",)
         }
 
     def data_cautions(self) -> Iterator[tuple[str, str]]:
-        """The name of a text, and a sentence about what is missing of it."""
+        """The name of a text, and a sentence about its missing part."""
         for name, path in self.texts().items():
             cautions = self.get(*path, "cautions")
             for caution in cautions if isinstance(cautions, list) else ():
@@ -153,7 +153,7 @@ class Job:
         return next((kind for kind in kinds if self.perplexity(kind, adapter)), None)
 
     def reference(self, kind: str, adapter: str | None) -> str:
-        """What a model is compared with, one of `REFERENCES`."""
+        """The model that another is compared with, one of `REFERENCES`."""
         is_trained = kind in ("adapted", "simulated") and self.perplexity("reference", adapter)
         return "reference" if is_trained else "float"
 
@@ -163,31 +163,32 @@ class Job:
         return {name: change for name, change in changes.items() if change is not None}
 
     def cases(self, target: str) -> list[str]:
-        """What the files of a target are checked with: each adapter, or the recipe's use cases; and
-        what else was checked, such as the base without an adapter."""
+        """The cases in which a target's files are checked: each adapter or use case, and others
+        that were checked, such as the base without an adapter."""
         asked = self.setting("export", "use_cases") if TARGETS[target].has_cases else None
         asked = self.adapters if asked is None else [str(case) for case in asked]
         return list(dict.fromkeys([*asked, *self.section("parity", target)]))
 
     def compared_with(self, target: str, adapter: str) -> str:
-        """What the files were compared with: `simulated`, or, without activations, `adapted`."""
+        """The kind of model that files were compared with: `simulated`, or `adapted` if the target
+        has float activations."""
         is_trained = self.get("parity", target, adapter, "of") == "trained"
         return "adapted" if is_trained else "simulated"
 
     def drift(self, target: str, adapter: str, settings: str = "shipped_") -> float | None:
-        """Relative difference of the exported file's perplexity from what is expected, with the
-        runtime's own settings if these were measured; with empty `settings`, exact."""
+        """Relative difference of the exported file's perplexity from the expected one, with the
+        runtime's own settings if measured. Empty `settings`: with exact settings."""
         keys = (f"{settings}perplexity", "perplexity", "reference_perplexity")
         own, exact, expected = (self.number("parity", target, adapter, key) for key in keys)
         value = own or exact
-        # Files that changed since were not measured.
+        # Files that changed after the check count as not measured.
         if (target, adapter) in self.stale or not value or not expected:
             return None
         return value / expected - 1
 
     def arithmetic(self, targets: Sequence[str], adapters: Sequence[str]) -> str:
-        """ " (in float32; as shipped ...)", of targets that compute what was trained in float32
-        only; the worst of several adapters. Else empty."""
+        """ " (in float32; as shipped ...)", for targets that match the trained model only in
+        float32, with the worst adapter; empty for other targets."""
         parts = []
         for target in targets:
             places = [("parity", target, name, "shipped_top1_agreement") for name in adapters]
@@ -263,7 +264,7 @@ def capitalized(text: str) -> str:
 
 def without_folders(text: str) -> str:
     """`text` with absolute paths cut to their last part."""
-    # A report can be passed on, and the folders of this machine are nobody's business.
+    # Reports are passed on, so they should not reveal local folders.
     return re.sub(r"(?<![\w.:/~])(?:/|[A-Za-z]:\\)(?:[^\s/\\'\":,;)]+[/\\])+", "", text)
 
 

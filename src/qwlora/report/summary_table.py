@@ -24,8 +24,8 @@ Row = tuple[str, str]
 
 
 def print_summary(job: Job, out: Path, console: Console) -> None:
-    """Print the tables of the job in `out`; then the verdict, where the report is, and what to do
-    next."""
+    """Print the tables of the job in `out`, then the verdict, the report's path and the next
+    command."""
     rows = adapter_rows(job)
     plain: dict[str, Any] = {"box": None, "pad_edge": False}
     adapters = Table(*(rows or [{}])[0], title=job.title, title_justify="left", **plain)
@@ -71,7 +71,7 @@ def _to(written: Format, *values: float | None) -> str:
 
 
 def summary_rows(job: Job) -> Iterator[Row]:
-    """The rows of the table below it; of the checks those that did not pass, and how many did."""
+    """The rows of the second table, with the failed checks and the number of passed ones."""
     if job.get("trust_remote_code"):
         yield "trust_remote_code", "true: Python code from the model's folder was run"
     for tile in tiles(job):
@@ -119,7 +119,7 @@ def _plain(text: str | Markup) -> str:
 
 
 def base_costs(results: dict[str, Any]) -> Iterator[Row]:
-    """What the base costs on texts other than its own."""
+    """The loss of the base on texts that it was not calibrated on."""
     # A base keeps its calibration when an adapter with other text is added.
     for text, ratio in results.get("perplexity_ratio", {}).get("on", {}).items():
         over = _with_error(ratio["base"]["value"] - 1, ratio["base"]["stderr"], "+.1%")

@@ -10,8 +10,8 @@ A caution: the base loses much on an adapter's text, an adapter gains too little
 checked on few tokens. With `reference: float`, an adapter is compared with the same one trained on
 the float model (float LoRA), and that one with the float model.
 
-What was not measured never counts as passed. `targets/proof` judged the checks of a proof. The
-sentence is the strongest fact for, ", but ", the strongest fact against.
+Missing measurements never count as passed. `targets/proof` judged the checks of a proof. The
+sentence joins the strongest fact for and the strongest fact against shipping by "but".
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """One line under the verdict: what was checked, the result and the limit in words, the end of
-    the verdict's sentence if it speaks against shipping, and how many checks it stands for."""
+    """One line under the verdict: the check, its result and limit as text, the end of the verdict's
+    sentence if it speaks against shipping, and the number of checks that the line represents."""
 
     outcome: Outcome
     what: str | Markup
@@ -109,7 +109,7 @@ def verdict(job: Job) -> Verdict:
 
 
 def outcome_of(evidence: Iterable[Evidence]) -> Outcome:
-    """The worst outcome; nothing checked is not measured."""
+    """The worst outcome; `MISSING` if nothing was checked."""
     outcomes = {item.outcome for item in evidence} or {Outcome.MISSING}
     return next(outcome for outcome in Outcome if outcome in outcomes)
 
@@ -149,8 +149,8 @@ def _all_evidence(job: Job) -> Iterator[Evidence]:
 
 
 def _of_target(job: Job, target: str) -> Iterator[Evidence]:
-    # Each failed check has a line. The others have one each for a single adapter, and one in all
-    # for several: a hundred adapters would have thousands.
+    # Each failed check has a line. Passed checks have a line each for a single adapter; for several
+    # adapters they share one line, because a hundred adapters would have thousands.
     alone = [case for case in job.cases(target) if case in job.adapters]
     proofs = {name: proof_evidence(job, target, name) for name in alone}
     outcomes = {name: outcome_of(evidence) for name, evidence in proofs.items()}
@@ -198,8 +198,8 @@ def _gain(job: Job, adapter: str) -> Iterator[Evidence]:
     is_only = len(job.adapters) == 1
     name = ("Simulated adapter" if kind == "simulated" else "Adapter") if is_only else adapter
     who = "the adapter" if is_only else adapter
-    # An adapter that is close to float LoRA gained as much as that: whether training helped at all
-    # is then asked of float LoRA.
+    # An adapter close to float LoRA gained as much as float LoRA did. Whether training helped at
+    # all is then a question about float LoRA.
     if (over := job.change(kind, "reference", adapter)) is not None:
         yield Evidence(
             Outcome.PASSED if over <= MOST_OVER else Outcome.CAUTION,
@@ -236,7 +236,7 @@ def _gain(job: Job, adapter: str) -> Iterator[Evidence]:
 
 
 def _base_loss(job: Job, adapter: str) -> Iterator[Evidence]:
-    # Float LoRA, if there is one, says what of this loss is left after training.
+    # Float LoRA, if measured, shows how much of this loss remains after training.
     lost = job.change("base", "float", adapter)
     if lost is None or lost <= MOST_LOST or job.perplexity("reference", adapter):
         return
@@ -270,7 +270,6 @@ def _few_tokens(job: Job, target: str) -> Iterator[Evidence]:
 
 
 def _unproven(job: Job) -> str:
-    """The end of a sentence; empty if all files are proven."""
     if not job.targets:
         return "no runtime was checked: the recipe has no export target"
     for target in job.targets:

@@ -4,21 +4,21 @@
     simulations.calibrate(batches)
     simulations["a"].graph(), simulations["b"].graph(), simulations["base"].graph()
 
-"base" is a zero adapter in the shape of the others: a runtime that can switch adapters switches to
-it to run the base alone. Where an adapter of zeros does not compute the base bit for bit (DoRA
-divides by norms; `modules_to_save` replaces modules), "base" is the graph without any adapter.
+"base" is a zero adapter with the shape of the others: a runtime switches to it to run the base
+alone. If a zero adapter would not compute the base bit for bit (DoRA divides by norms;
+`modules_to_save` replaces modules), "base" is the graph without any adapter.
 
 `base_activations` says which encodings change when a runtime switches adapters. Its values mean the
 same as those of QAIRT's `quant_updatable_mode`:
 
     all             every activation and the adapter's weights; nothing is shared
-    adapter_only    the LoRA branch: lora_A, lora_B, their outputs and the scaling of these. The sum
-                    with the base layer's output and everything computed from it has one encoding
-                    for all adapters, as have the other activations of the base
+    adapter_only    the LoRA branch: lora_A, lora_B, their outputs and the scaled outputs. All other
+                    activations share one encoding for all adapters, including the sum with the base
+                    layer's output and the values computed from it
     none            nothing: all activations and adapter weights share one set of encodings, so
                     adapters are padded to one shape (`adapter/padded_adapters.py`)
 
-A shared encoding covers everything that any adapter observed. Base weights have one encoding in
+A shared encoding covers the values that all adapters observed. Base weights have one encoding in
 every mode.
 """
 
@@ -65,7 +65,7 @@ class AdapterSimulations(dict[str, Simulation]):
     """The simulation of each adapter by name, and of "base"; made by `simulate_adapters`.
 
     Attributes:
-        base_activations: which encodings adapters share: adapter_only, all or none.
+        base_activations: which encodings change with the adapter: adapter_only, all or none.
         captures: how many graphs were captured.
         shared: the shared encodings by name, without those of packed base weights.
     """
@@ -93,7 +93,7 @@ class AdapterSimulations(dict[str, Simulation]):
     def check_unchanged(self) -> None:
         """See `Simulation.check_unchanged`. All adapters need one base."""
         models = [simulation.origin.model for simulation in self.values()]
-        # hashing takes 0.6 s for 1 GB, and simulations usually have one model
+        # hashed once per model: 1 GB takes 0.6 s, and simulations usually share one model
         bases = {model: fingerprint(model) for model in {*models}}
         for name, simulation in self.items():
             simulation.check_unchanged(bases[simulation.origin.model])
@@ -101,7 +101,7 @@ class AdapterSimulations(dict[str, Simulation]):
                 raise CalibrationError(f"adapter {name} has another base. Simulate all on one base")
 
     def check_switchable(self) -> None:
-        """Refuse adapters with more than LoRA factors, which is all that a runtime can switch."""
+        """Refuse adapters with more than LoRA factors: runtimes can switch nothing else."""
         kinds = Kind.ADAPTER, Kind.PARAMETER
         weights = {
             name: [v.name for v in simulation.placement.values if v.kind in kinds]
@@ -129,11 +129,10 @@ class AdapterSimulations(dict[str, Simulation]):
         track: Track = untracked,
         tokens: int | None = None,
     ) -> None:
-        """Run calibration data through every adapter. If it raises, all simulations stay as they
-        were.
+        """Run calibration data through every adapter. If it raises, no simulation changes.
 
         Args:
-            batches: for all adapters, or by adapter.
+            batches: one set of batches for all adapters, or a dict with batches for each adapter.
             tokens: see `Simulation.observe`.
 
         Raises:
@@ -183,15 +182,18 @@ def simulate_adapters(
 ) -> AdapterSimulations:
     """Simulate each adapter of `model` alone, and "base".
 
-    `model` is a `PeftModel`, or a model after `peft.inject_adapter_in_model`.
     Active adapters and trainable parameters are restored afterwards. A placement rule only needs to
     apply to one of the adapters.
 
     Args:
-        base_activations: which encodings adapters share: adapter_only, all or none.
+        model: a `PeftModel`, or a model after `peft.inject_adapter_in_model`.
+        example_inputs, schemes: see `simulate`.
+        base_activations: which encodings change with the adapter: adapter_only, all or none.
         adapters: names of adapters in `model`. Default: all.
-        activation_encodings: see `simulate`. With these and `base_activations="all"`, adapters
-            still share those.
+        activation_encodings: see `simulate`. All adapters share these, in every mode.
+
+    Returns:
+        The simulations, not calibrated yet.
 
     Raises:
         CaptureError: see `capture`; or an adapter is called "base", or is not in the model.
@@ -255,8 +257,8 @@ def simulate_adapters(
 
 
 def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
-    """The simulation that was saved in `folder`, captured again from `model`. Its logits are those
-    of the saved one, bit for bit.
+    """Load the simulation in `folder`, with the graph captured again from `model`. Its logits equal
+    those of the saved simulation, bit for bit.
 
     Args:
         model: the same base with the same adapter, on any device. A zero adapter is loaded with
@@ -290,8 +292,8 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
 def _rebound(
     first: Simulation, bound: _Weights, weights: _Weights, origin: SimulationSource
 ) -> Captured | None:
-    """The graph of `first` with other adapter weights than `bound`; None if it does not compute the
-    model."""
+    """The graph of `first` with other adapter weights than `bound`; None if its outputs differ from
+    the model's."""
     # by address, since names in the graph are those of the adapter that was captured
     replacements = {bound[name].data_ptr(): tensor for name, tensor in weights.items()}
     state = {
@@ -315,7 +317,7 @@ def _weights(model: nn.Module, adapter: str) -> _Weights:
 
 
 def _structure(model: nn.Module, adapter: str, weights: _Weights) -> Hashable:
-    """Equal for adapters that differ in the values of their parameters only."""
+    """A key that is equal for adapters that differ only in the values of their parameters."""
     # the scaling is a constant of the graph
     shapes = {(name, tuple(p.shape), p.dtype) for name, p in weights.items()}
     layers = {
@@ -329,8 +331,8 @@ def _structure(model: nn.Module, adapter: str, weights: _Weights) -> Hashable:
 def shared_encodings(
     simulations: Iterable[Simulation], base_activations: BaseActivations
 ) -> dict[str, Encoding]:
-    """The encodings that frozen simulations share, from what all of them observed; with `none`,
-    those of adapter weights too."""
+    """The encodings that frozen simulations share, from the observations of all. With `none`, also
+    those of adapter weights."""
     quantizers: dict[str, Quantizer] = {}
     fixed: dict[str, Encoding] = {}
     weights: dict[str, tuple[Scheme, Tensor, Tensor]] = {}  # scheme, low and high ends
@@ -396,7 +398,7 @@ def apply_shared_encodings(
 ) -> None:
     """Replace encodings of a frozen simulation by those of `encodings` that it shares."""
     names = _shared_activations(simulation, base_activations)
-    # the sum of a layer that no earlier adapter changed keeps its own encoding
+    # if no earlier adapter changed a layer, the layer's sum keeps its own encoding
     sums = branch_nodes(simulation.program) if base_activations == "adapter_only" else set()
     optional = {mark.name for mark in simulation.marks if mark.node in sums}
     if missing := [name for name in names if name not in {*encodings, *optional}]:

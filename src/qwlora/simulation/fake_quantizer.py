@@ -38,8 +38,8 @@ class Mode(StrEnum):
 
 class Quantizer(nn.Module):
     """Observes an activation during calibration and fake-quantizes it afterwards, on a per-tensor
-    grid with an integer offset. The range is estimated (default: min-max), but for ends that are
-    fixed. With `in_place` the input may be overwritten."""
+    grid with an integer offset. Ends of the range are estimated (default: min-max) unless fixed.
+    With `in_place` the input may be overwritten."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Quantizer(nn.Module):
 
     def observe(self) -> RangeObserver:
         """Start a new `observer`. Returns a copy of the previous one, to merge the new one into; an
-        empty one if the previous lacks a histogram and the estimator now needs it."""
+        empty one if the previous observer lacks the histogram that the estimator needs."""
         before, self.observer = self.observer, self._new_observer()
         self.mode = Mode.OBSERVE
         is_enough = before.has_histogram or not self.observer.has_histogram
@@ -122,7 +122,7 @@ class Quantizer(nn.Module):
 
     def is_mask(self, may_be_infinite: bool) -> bool:
         """Whether an end of the range that is not fixed is beyond 1e30."""
-        # where no mask can be applied, infinite values are an error of the data or the model
+        # if no mask can be applied here, infinite values are an error of the data or the model
         low, high = self.observer.low, self.observer.high
         if low is None or high is None:
             return False
@@ -138,7 +138,6 @@ class Quantizer(nn.Module):
         return low is not None and high is not None and bool(low == high)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move encoding and observations to a device."""
         self.device = fn(torch.empty(0)).device
         self.encoding = self.encoding  # the setter moves it
         self.observer = self.observer.to(self.device)
@@ -149,7 +148,7 @@ class Quantizer(nn.Module):
 
 
 class FrozenWeight(nn.Module):
-    """A weight quantized once, and the float weight in mode FLOAT."""
+    """A weight that is quantized once. Mode FLOAT returns the float weight."""
 
     # quantizing it in every forward costs more than the layer itself
 
@@ -165,7 +164,7 @@ class FrozenWeight(nn.Module):
 
 
 def estimate_encodings(quantizers: Sequence[Quantizer]) -> None:
-    """Set encodings from what `quantizers` observed, or from their fixed ends."""
+    """Set encodings from the observations of `quantizers`, or from their fixed ends."""
     alike: dict[tuple[Scheme, RangeEstimator], list[Quantizer]] = defaultdict(list)
     for quantizer in quantizers:
         alike[quantizer.scheme, quantizer.estimator].append(quantizer)
@@ -243,11 +242,12 @@ def insert_quantizers(
     schemes: Schemes,
     frozen: dict[int, FrozenWeight],
 ) -> tuple[GraphModule, dict[str, Quantizer], dict[str, FrozenWeight]]:
-    """The program as a module with a quantizer after each of `values` but packed weights; and by
-    name the quantizers of activations, and those of weights. `frozen` has the latter by address."""
+    """The program as a module with a quantizer after each of `values` except packed weights. Also
+    returns the quantizers of activations and of weights by name. `frozen` has those of weights by
+    address."""
     module = program.module(check_guards=False)
     nodes = {node.name: node for node in module.graph.nodes}
-    # placeholders of the program are attributes of the module, but for inputs
+    # placeholders of the program are attributes of the module, except inputs
     attributes = {str(n.target): n for n in module.graph.nodes if n.op == "get_attr"}
     for spec in program.graph_signature.input_specs:
         if spec.target in attributes:

@@ -1,12 +1,11 @@
-"""Graphs with a key-value cache as inputs and outputs that compute what a simulation computes.
+"""The graph of a simulation with a key-value cache as inputs and outputs.
 
     simulation = simulate(model, {"input_ids": ids, "attention_mask": mask})     # calibrated
     graph = cached_graph(simulation, capture_with_cache(simulation))
     export_onnx(graph, folder)
 
-Weights are the simulation's. Encodings carry over by name, so one set of them holds for all graphs
-of the model. Without past tokens the graph computes the full sequence, bit for bit. It is captured
-with the cache as inputs and outputs:
+It has the simulation's weights. Encodings carry over by name, so all graphs of a model share one
+set. Without past tokens the graph computes the full sequence, bit for bit. It is captured by:
 
     captured = capture_cached(model)                                      # any tokens, any past
     captured = capture_cached(model, CacheSizes(tokens=128, context=1024))     # static, one row
@@ -15,7 +14,7 @@ with the cache as inputs and outputs:
         -> logits, present.0.key, present.0.value, ...
 
 attention_mask is [batch, past + tokens], keys and values are [batch, heads, past, width]. Every
-layer keeps the whole past: what a sliding window cannot see is masked, not dropped.
+layer keeps the whole past: tokens outside a sliding window are masked, not dropped.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class CacheSizes:
-    """The sizes of a static graph, in tokens: new ones, and new and past ones together."""
+    """The sizes of a static graph: new tokens per call, and new and past tokens together."""
 
     tokens: int
     context: int
@@ -94,7 +93,7 @@ def capture_cached(
 
     With `sizes`, it has one row and returns keys and values of the new tokens only. Without, it
     takes any number of rows, tokens and past tokens, and returns keys and values of all of them. It
-    takes embeddings, and positions of three axes, where `like` does.
+    takes embeddings, and positions with three axes, if `like` does.
     """
     tokens, past = (sizes.tokens, sizes.past) if sizes else (_EXAMPLE_TOKENS, _EXAMPLE_PAST)
     rows = 1 if sizes else 2
@@ -119,8 +118,8 @@ def capture_cached(
 
 
 def cache_additions(captured: Captured) -> dict[str, tuple[Node, Node, Node]]:
-    """The nodes of each past input, of the new keys or values, and of both in one, by the input's
-    name."""
+    """By the name of each past input: its node, the node of the new keys or values, and the node
+    that joins both."""
     additions, names = {}, captured.input_names
     for node in calls(captured.program):
         match operation(node), *node.args:
@@ -131,7 +130,7 @@ def cache_additions(captured: Captured) -> dict[str, tuple[Node, Node, Node]]:
 
 
 def _example_cache(model: nn.Module, ids: Tensor, past: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of `past` tokens, in the shapes of those that the model makes of `ids`."""
+    """Keys and values of `past` tokens, with the shapes of the model's own cache for `ids`."""
     kind = type(model).__name__
     remedy = "only a causal language model has a graph with a cache"
     problem = f"{kind} does not run with input_ids and use_cache=True"
@@ -175,8 +174,8 @@ def _only_new(captured: Captured) -> Captured:
 
 
 def capture_with_cache(simulation: Simulation, sizes: CacheSizes | Batch | None = None) -> Captured:
-    """`capture_cached` of the simulation's model, with the simulation's adapter active, in the
-    shape that it has there; or, of a batch, the graph without a cache for inputs of its shapes."""
+    """`capture_cached` for the simulation's model, with the simulation's adapter active and padded
+    as there. For a batch: the graph without a cache, for inputs of the batch's shapes."""
     origin = simulation.origin
     used, model = {adapter_of(name) for name in _used(simulation.program)}, origin.model
     adapters = [str(name) for name in used - {None}]
@@ -191,9 +190,12 @@ def capture_with_cache(simulation: Simulation, sizes: CacheSizes | Batch | None 
 def cached_graph(
     simulation: Simulation, captured: Captured, quantize_past: bool = True
 ) -> QuantizedGraph:
-    """The graph of `captured` (by `capture_cached`, of the simulation's model with an adapter of
-    this structure active) on the grids and with the weights of a calibrated simulation. A runtime
-    that keeps past keys and values as floats needs no encoding for them: `quantize_past` false."""
+    """The graph of `captured` with the grids and weights of a calibrated simulation.
+
+    Args:
+        captured: from `capture_cached`, with an adapter of the simulation's structure active.
+        quantize_past: False for runtimes that keep the cache as floats: it has no encodings then.
+    """
     encodings = simulation.encodings
     program = _with_weights(captured.program, simulation.program)
     placement = place(program, simulation.origin.schemes, captured.input_names)
@@ -234,7 +236,7 @@ def in_graph_order(
 def encoding_before(
     node: Node, marks: Mapping[str, GraphValue], known: Mapping[str, Encoding]
 ) -> Encoding | None:
-    """The encoding of a value that data movement may have moved since it got it."""
+    """The encoding of a value, or of the value that data movement took it from."""
     source: Node | None = node
     while source is not None and source.name not in marks:
         source = moved_from(source)
@@ -242,7 +244,6 @@ def encoding_before(
 
 
 def _with_weights(program: ExportedProgram, source: ExportedProgram) -> ExportedProgram:
-    """`program` over the tensors of `source`."""
     tensors = {canonical_name(name): source.state_dict[name] for name in _used(source)}
     state = dict(program.state_dict)
     for name in _used(program):
@@ -258,7 +259,7 @@ def _with_weights(program: ExportedProgram, source: ExportedProgram) -> Exported
 
 
 def _used(program: ExportedProgram) -> list[str]:
-    """Names of the parameters and buffers that the graph reads, without those of idle adapters."""
+    """Names of the parameters and buffers that the graph reads, without inactive adapters."""
     placeholders = used_placeholders(program)
     return [
         str(spec.target)

@@ -1,10 +1,10 @@
 """Placement: decide which values of a captured graph get a quantizer, on which grid, and why.
 
-The first rule that fits a floating-point value decides: the user's `PlacementRule`s, then those of
-the policy (`placement_rules.py`). The result lists every value with the rule that decided.
+The first rule that fits a floating-point value decides: the user's `PlacementRule`s come first,
+then the rules of the policy (`placement_rules.py`). The result lists every value with its rule.
 
-A value's name is the same whatever gets a quantizer. The values of one module and operator are
-numbered in graph order, data movement and inner values (masks, norm internals) after all others.
+The name of a value does not depend on the placement. Values of one module and operator are numbered
+in graph order; data movement and inner values (masks, norm internals) come after all others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NUMBERED_LAST = {
     Trait.INSIDE_ONE_OPERATION,
     Trait.DATA_MOVEMENT,
 }
-# Names of what an adapter adds to a layer, after the layer's.
+# Names of the parts that an adapter adds to a layer, after the layer's own name.
 _LORA_PARTS = ["mul", "add", "lora_A.weight", "lora_A.linear", "lora_B.weight", "lora_B.linear"]
 
 
@@ -84,7 +84,7 @@ class Placement:
 def place(
     program: ExportedProgram, schemes: Schemes, input_names: Mapping[str, str] | None = None
 ) -> Placement:
-    """Decide about every floating-point value of `program`; `input_names` are by placeholder."""
+    """Decide about every floating-point value of `program`. `input_names`: by placeholder."""
     policy, rules = schemes.placement_policy(), schemes.rules
     values = _graph_values(program, GraphAnalysis(program), input_names or {})
     decided = [_decided(value, policy, rules) for value in values]
@@ -97,11 +97,11 @@ def place(
 
 
 def refuse_ineffective_rules(placements: Sequence[Placement]) -> None:
-    """Refuse user rules that have no effect in any of several graphs; all are named."""
+    """Refuse user rules that have no effect in any of several graphs; the message lists them."""
     values = [value for placement in placements for value in placement.values]
     weights = {value.module for value in values if value.kind in (Kind.BASE, Kind.PARAMETER)}
     is_base = all(value.kind is not Kind.ADAPTER for value in values)
-    # Schemes for an adapter are also those of its base alone, whose graph lacks these values.
+    # An adapter's schemes are also used for its base alone, whose graph lacks the adapter's values.
     of_adapters = tuple(f"{path}.{part}" for path in weights for part in _LORA_PARTS if is_base)
     problems = []
     for index, rule in placements[0].unused_rules.items():
@@ -127,7 +127,6 @@ def refuse_ineffective_rules(placements: Sequence[Placement]) -> None:
 
 
 def _decided(value: GraphValue, policy: Policy, rules: Sequence[PlacementRule]) -> GraphValue:
-    """`value` with the decision of the first rule that fits."""
     if value.kind is Kind.BASE:
         return replace(value, reason="a packed weight of the base")
     fitting = [

@@ -25,7 +25,7 @@ from qwlora.errors import CalibrationError, GridError
 from qwlora.graph.value_traits import Decision, GridOptions, Trait
 from qwlora.grid.scheme import BITWIDTHS, PerChannel, RangeEstimator, Scheme, as_estimator
 
-# What to do about a user's rule without effect in a graph; it may be for another graph of the job.
+# Whether to refuse a user's rule without effect in a graph; another graph of the job may need it.
 UnusedRules = Literal["refuse", "allow"]
 
 # pydantic cannot tell the classes of granularity apart
@@ -37,15 +37,15 @@ class PolicyRule:
     """One rule of a policy.
 
     Args:
-        decision: for the values that fit. None: the rule only changes grids, and a later one
-            decides.
-        reason: for the placement log; `{owner}` is the class of the enclosing module that is one
-            operation.
-        operators: base names; None fits all.
+        decision: decision for the values that fit. None: the rule only changes grids, and a later
+            rule decides.
+        reason: text for the placement log; `{owner}` is the class of the enclosing module that is
+            one operation.
+        operators: base names of operators; None fits all.
         module_class: a regular expression, searched in the class name of the innermost module.
         path: a glob over the module's path.
         trait: a trait that the value must have.
-        bitwidth, symmetric: of the grid. None: as in the simulation.
+        bitwidth, symmetric: options of the grid. None: as in the simulation.
     """
 
     decision: Decision | None
@@ -109,12 +109,12 @@ class PlacementRule:
     Args:
         match: a glob (`*`, `?`, `[...]`) over these names.
         keep: `"float"` does not quantize the values. It has no effect on packed weights.
-        bitwidth, symmetric: of the grid. None: as in the simulation.
+        bitwidth, symmetric: options of the grid. None: as in the simulation.
         minimum, maximum: fixed ends of the range, with zero between them. None: as observed.
         observer: how the range is chosen. None: as in the simulation.
         force: quantize matching values even where the policy does not.
-        of: restrict the rule to activations or weights. None: `keep` applies to both, a grid to
-            activations.
+        of: restrict the rule to activations or weights. None: `keep` applies to both, grid options
+            to activations.
 
     Raises:
         GridError: the options contradict each other.
@@ -183,13 +183,13 @@ class Schemes:
     Vectors (norm weights, biases) are always quantized per tensor.
 
     Args:
-        activations: must be per tensor.
-        adapter_weights: lora_A and lora_B.
-        parameters: every other weight that step 1 left float, including an adapter's
+        activations: scheme of activations; must be per tensor.
+        adapter_weights: scheme of lora_A and lora_B.
+        parameters: scheme of every other weight that step 1 left float, including an adapter's
             (`modules_to_save`, biases, DoRA magnitudes).
         quantize_residual_adds: quantize the residual stream too, for NPUs without float. In most
-            language models a few channels are thousands of times larger than the rest, so that even
-            16 bits leave few steps for the others.
+            language models a few channels are thousands of times larger than the rest, so even 16
+            bits leave few steps for the others.
         policy: `npu`, `matmul-inputs`, `weights-only`, or a `Policy`.
         rules: tried before those of the policy.
         observer: how the range of an activation is chosen, see `RangeEstimator`.
@@ -198,12 +198,10 @@ class Schemes:
             when it is given an HTP configuration).
         unused_rules: refuse user rules without effect, or allow them; see
             `refuse_ineffective_rules`.
-        key_value_bitwidth: quantize the keys and values of attention to this many bits, with a
-            symmetric grid: that of the cache in a graph with a cache, where they are read from.
-            None: like other activations.
-        adapter_activation_bitwidth: bits of what an adapter's factors compute: lora_A(x),
-            lora_B(lora_A(x)) and its product with the scaling; not of the sum with the base layer.
-            None: like other activations.
+        key_value_bitwidth: bits of the keys and values of attention, on a symmetric grid, which is
+            also the grid of the cache. None: like other activations.
+        adapter_activation_bitwidth: bits of lora_A(x), lora_B(lora_A(x)) and its product with the
+            scaling, but not of the sum with the base layer. None: like other activations.
     """
 
     activations: _Scheme = Scheme(16, symmetric=False)
@@ -228,7 +226,7 @@ class Schemes:
             raise CalibrationError(
                 f"placement policy {self.policy!r} is not one of {', '.join(POLICIES)}"
             )
-        # inserted at the front: the first rule that sets an option of the grid decides about it
+        # inserted at the front, because the first rule that sets an option of the grid decides
         rules = [
             rule
             for rule in chosen.rules

@@ -1,18 +1,18 @@
 """A simulation in a folder, without pickle:
 
     simulation.encodings            AIMET encodings 2.1.0 by module path: activations, adapter
-                                    weights, and what step 1 left float
+                                    weights, and other float weights
     simulation.json                 schemes, inputs, fingerprints of base and adapter, the ranks to
                                     which it was padded, the placement log, and the SHA-256 of the
                                     other files (`manifest.py`)
-    example_inputs.safetensors      what the graph is captured from
+    example_inputs.safetensors      the inputs that the graph is captured from
 
 The graph is not stored: `load_simulation` captures it again in seconds. Neither are the encodings
 of packed base weights, millions of scales that the base holds; its fingerprint identifies them.
 
-Version 2.1.0 stores where zero is, not whether a grid is symmetric: a signed grid is read back as
-symmetric, an unsigned one as asymmetric, which is how they are written. Float32 scales are JSON
-numbers that read back to the same bits.
+Version 2.1.0 stores the zero point, but not whether a grid is symmetric. So symmetric grids are
+written as signed and asymmetric ones as unsigned, and read back accordingly. Float32 scales are
+JSON numbers that read back to the same bits.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ _VERSION = "2.1.0"
 
 @dataclass(frozen=True)
 class SimulationSource:
-    """What a simulation was made from, at that time: the fingerprints are of the base and of the
-    active adapter (None for none or a zero adapter), before it was padded to `ranks`."""
+    """The model that a simulation was made from, with the fingerprints that its base and its active
+    adapter had then (None: no adapter or a zero adapter), before padding to `ranks`."""
 
     model: nn.Module
     example_inputs: Mapping[str, Any]
@@ -107,8 +107,7 @@ def write_simulation(
     encodings: Mapping[str, Encoding],
     dropped: Iterable[str],
 ) -> None:
-    """Write a calibrated simulation to `folder`; `dropped` are values that calibration left
-    float."""
+    """Write a calibrated simulation to `folder`. `dropped`: values that calibration left float."""
     arguments, examples = Structure.of(dict(origin.example_inputs))
     inputs = {
         name: json.loads(json.dumps(argument, default=partial(_named, name)))
@@ -145,7 +144,7 @@ def save_encodings(encodings: Mapping[str, Encoding], folder: Path) -> None:
 
 
 def load_encodings(folder: Path) -> dict[str, Encoding]:
-    """The encodings in `folder`. A simulation's folder has all but those of packed base weights."""
+    """The encodings in `folder`. A simulation's folder has all except those of packed weights."""
     if (folder / ENCODINGS).exists():
         name = f"simulation {str(folder)!r}"
         manifest.check(folder, RECORD, name, "calibrate again", [ENCODINGS])
@@ -189,7 +188,7 @@ def _reading(folder: Path) -> Iterator[None]:
 
 
 def _named(argument: str, part: Any) -> Any:
-    """What JSON cannot hold of an example input: the name of each tensor instead."""
+    """An example input as JSON, with the name of each tensor instead of the tensor."""
     if isinstance(part, Slot):
         return {_TENSOR: part.name}
     if isinstance(part, CacheSlot):

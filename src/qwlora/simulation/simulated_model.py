@@ -1,13 +1,13 @@
-"""Something that computes logits, with the interface of a transformers model.
+"""A simulation, exported files or any other source of logits as a transformers model.
 
     model = simulation.as_model()
     model(input_ids=ids, attention_mask=mask, labels=labels)    # simulated logits, and their loss
-    model.generate(ids, max_new_tokens=20)    # of a graph: each step runs the whole sequence
+    model.generate(ids, max_new_tokens=20)    # with a graph, each step runs the whole sequence
     model.to("cuda")                          # moves the simulation, not the captured model
 
-It has the configuration and the loss of the model that it is like, but no layers, gradients, hidden
-states, attentions or caches. Batches padded on the left need `position_ids` among the example
-inputs of `simulate`.
+It has the original model's configuration and loss, but no layers, gradients, hidden states,
+attentions or caches. Batches padded on the left need `position_ids` in the example inputs of
+`simulate`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class SimulatedModel(PreTrainedModel, GenerationMixin):
     """A transformers model for evaluation.
 
     Args:
-        run: gets the arguments of a call by name, without labels; returns the model's output.
-        like: the model that was captured or exported; may be without weights.
-        keeps_logits: whether `run` takes `logits_to_keep`, and may return only these.
+        run: function of the call's arguments by name, without labels; returns the model's output.
+        like: the model that was captured or exported; its weights are not needed.
+        keeps_logits: whether `run` takes `logits_to_keep` and may return only these logits.
     """
 
     def __init__(self, run: Callable[..., Any], like: PreTrainedModel, keeps_logits: bool = False):
@@ -85,8 +85,7 @@ class SimulatedModel(PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def _loss(self, logits: Tensor | None, labels: Tensor, count: Any) -> Tensor:
-        """`loss_function` of these logits, averaged over `count` labels; None: those of the
-        batch."""
+        """`loss_function` of these logits, averaged over `count` labels. None: the batch's own."""
         config = self.config
         problem = f"the loss of {self.name} needs more than logits and labels"
         remedy = "compute it from the outputs, without labels"

@@ -5,10 +5,10 @@
     simulation(input_ids=ids, attention_mask=mask)    # what integer hardware computes
 
     base weights      packed integers, dequantized in the graph; their encodings never change
-    other weights     the adapter's and what step 1 left float: on their grids from the start
-    activations       calibrated: `observe` runs float batches through the graph, further calls add
-                      to the statistics; `freeze` estimates encodings from all of them. Observations
-                      are kept: more batches can follow, and another scheme needs no new data
+    other weights     the adapter's, and those that step 1 left float: on their grids from the start
+    activations       calibrated: `observe` runs float batches through the graph and adds to the
+                      statistics; `freeze` estimates encodings from all of them. Observations are
+                      kept: more batches can follow, and another scheme needs no new data
 
 The graph computes in float32 for bfloat16 and float16 models too (`graph/capturable_model.py`).
 `load_simulation` reads what `Simulation.save` writes.
@@ -78,13 +78,13 @@ _RESTORED = "left float by the restored calibration"
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """The data of a calibration, and values that are special.
+    """The amount of calibration data, and the activations that need attention.
 
     Args:
-        tokens: attended positions; rows, for inputs without tokens.
-        constants: values with the same number everywhere.
-        unseen: values that no data reached; they are float now.
-        masks: values that turned out to be masks; they are float now.
+        tokens: number of attended positions; number of rows for inputs without tokens.
+        constants: names of activations with a single value.
+        unseen: names of activations that no data reached; they are float now.
+        masks: names of activations that turned out to be masks; they are float now.
     """
 
     tokens: int
@@ -95,20 +95,20 @@ class CalibrationReport:
 
 
 class Simulation(nn.Module):
-    """Call it like the captured model: the same arguments by name, or the first of `inputs` by
-    position. It returns the model's result type.
+    """A captured model with simulated quantization. Call it like the model: arguments by name, or
+    the first of `inputs` by position. It returns the model's result type.
 
     Args:
         captured: the graph of `origin.model`.
-        frozen: quantized copies of float weights that other simulations of the model have, by
-            address; those of this one are added.
+        frozen: quantized copies of float weights that simulations of the model share, by address.
+            Those of this simulation are added.
         activation_encodings: see `simulate`.
 
     Attributes:
         placement: every value of the graph, and the rule that decided about it.
-        base_encodings: of the base's packed weights, by name.
-        quantizers: of activations, by name.
-        weights: float weights on their grids (the adapter's, and what step 1 left float), by name.
+        base_encodings: encodings of the base's packed weights, by name.
+        quantizers: quantizers of activations, by name.
+        weights: quantizers of the adapter's weights and of other float weights, by name.
 
     Raises:
         CaptureError: two values would have the same name.
@@ -162,8 +162,8 @@ class Simulation(nn.Module):
         return self.captured.program
 
     def explain(self) -> Placement:
-        """The placement log: which values are quantized, on which grid, and why; weights and inputs
-        first."""
+        """The placement log: which values are quantized, on which grid, and why. Weights and inputs
+        come first."""
         values = sorted(self.placement.values, key=lambda value: value.is_computed)
         return Placement(self.placement.policy, [self._with_grid(value) for value in values])
 
@@ -201,7 +201,7 @@ class Simulation(nn.Module):
         tokens: int | None = None,
         allow_unseen: bool = False,
     ) -> CalibrationReport:
-        """`observe`, then `freeze`. If either raises, the simulation stays as it was."""
+        """`observe`, then `freeze`. If either raises, the simulation does not change."""
         with self.restored_on_error():
             self.observe(batches, track, tokens)
             return self.freeze(allow_unseen)
@@ -211,7 +211,8 @@ class Simulation(nn.Module):
         weights would keep their old grids, and files would match neither old nor new adapter.
 
         Args:
-            base_fingerprint: of the base as it is now. Default: hashed, 0.6 s for 1 GB.
+            base_fingerprint: the base's current fingerprint, if known. Computing it takes 0.6 s for
+                1 GB.
 
         Raises:
             CalibrationError: a fingerprint differs. An adapter that was removed from the model
@@ -246,7 +247,7 @@ class Simulation(nn.Module):
         self, batches: Batches, track: Track = untracked, tokens: int | None = None
     ) -> None:
         """Observe the activations of `batches`, and remove encodings; `freeze` sets new ones. If it
-        raises, the simulation stays as it was.
+        raises, the simulation does not change.
 
         Args:
             batches: see `Batches`.
@@ -262,7 +263,7 @@ class Simulation(nn.Module):
     @torch.no_grad()
     def observe_unchecked(self, batches: Batches, track: Track, tokens: int | None) -> None:
         """`observe` without `check_unchanged`. If it raises, quantizers are left observing."""
-        # fixed ones stay in it: the adapter's activations are observed through the base's grids
+        # fixed ones keep quantizing: the base's grids affect the adapter's observed activations
         for quantizer in self.quantizers.values():
             quantizer.mode = Mode.SIMULATE
         observed = [q for q in self.quantizers.values() if not q.fixed]
@@ -295,8 +296,8 @@ class Simulation(nn.Module):
         unless a rule fixed that end of the range.
 
         Args:
-            allow_unseen: leave a value float that no data reached (an expert that no token chose)
-                instead of raising an error.
+            allow_unseen: leave activations float that no data reached (an expert that no token
+                chose) instead of raising an error.
 
         Raises:
             CalibrationError: an activation saw no data or non-finite values. The message names it.
@@ -379,8 +380,8 @@ class Simulation(nn.Module):
 
     @property
     def activation_encodings(self) -> dict[str, Encoding]:
-        """Encodings of the activations by name: of a base alone, what `simulate` of an adapter on
-        it takes.
+        """Encodings of the activations by name. Those of a base without an adapter can be given to
+        `simulate` for an adapter on this base.
 
         Raises:
             CalibrationError: before `calibrate`.
@@ -402,8 +403,8 @@ class Simulation(nn.Module):
         }
 
     def set_adapter_encodings(self, encodings: Mapping[str, Encoding]) -> None:
-        """Quantize adapter weights on these grids instead of the measured ones; other names are
-        ignored."""
+        """Quantize adapter weights on these grids instead of the measured ones. Ignores other
+        names."""
         nodes = {mark.name: mark.node for mark in self.marks}
         for name, weight in self.adapter_weights.items():
             if name in encodings and not self.weights[name].encoding.has_same_grid(encodings[name]):
@@ -415,7 +416,7 @@ class Simulation(nn.Module):
         """Use the encodings of an earlier calibration.
 
         Args:
-            encodings: of all values, weights included.
+            encodings: encodings of all values, weights included.
             dropped: activations that calibration left float, see `Simulation.dropped`.
 
         Raises:
@@ -440,9 +441,9 @@ class Simulation(nn.Module):
             quantizer.encoding = encodings[name]
 
     def restore_from(self, folder: str | Path, adapter_weights: bool = True) -> None:
-        """`restore` what a simulation of the same base and adapter saved in `folder`."""
+        """`restore` the encodings in the folder of a simulation of the same base and adapter."""
         encodings = load_encodings(Path(folder))
-        # encodings that adapters share do not follow from this adapter's own weights
+        # shared encodings cannot be computed from this adapter's weights alone
         if adapter_weights:
             self.set_adapter_encodings(encodings)
         self.restore({**self.base_encodings, **encodings}, read_record(Path(folder)).dropped)
@@ -455,8 +456,8 @@ class Simulation(nn.Module):
                 "A simulation cannot be cast: its graph computes in float32, for models in half "
                 "precision too. Only its device can be changed, with to(device)"
             )
-        # Parameters that move become new objects on the same storage, as those of the model stay
-        # where they are. Tied parameters stay tied.
+        # Moved parameters become new objects, because the model's parameters stay where they are.
+        # Tied parameters stay tied.
         copies: dict[int, nn.Parameter] = {}
         for module in self.graph_module.modules():
             for name, parameter in module._parameters.items():
@@ -526,7 +527,6 @@ class Simulation(nn.Module):
         return dict(zip(self.inputs, self._bound(batch), strict=True))
 
     def _bound(self, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The graph's inputs in order, on its device."""
         return moved(self.captured.bind(batch), device_of(self.graph_module))
 
     def as_model(self) -> SimulatedModel:
@@ -575,13 +575,16 @@ def simulate(
     Args:
         example_inputs: the model's keyword arguments, with at least two tokens; see `capture`. Or
             its first arguments: a tensor, or a tuple of tensors.
-        schemes: default: `Schemes()`.
-        activation_encodings: of the same base, calibrated without an adapter
-            (`Simulation.activation_encodings`). `observe` simulates these activations and observes
+        schemes: grids, placement policy and rules. Default: `Schemes()`.
+        activation_encodings: encodings of the same base, calibrated without an adapter
+            (`Simulation.activation_encodings`). `observe` quantizes these activations and observes
             the adapter's; `freeze` does not change them. Activations that the policy leaves float
-            here stay float.
-        ranks: by path of the layer, to pad the active adapter to, as `simulate_adapters` pads
-            adapters that share all encodings (`adapter/padded_adapters.py`). Default: its own.
+            stay float.
+        ranks: ranks to pad the active adapter to, by path of the layer, as `simulate_adapters` does
+            for adapters that share all encodings (`adapter/padded_adapters.py`). Default: its own.
+
+    Returns:
+        A simulation with quantized weights and no activation encodings; call `calibrate` next.
 
     Raises:
         CaptureError: see `capture`; or the graph uses no packed layer although the model has some.
@@ -632,7 +635,7 @@ def _refuse_unknown(encodings: Iterable[str], values: Iterable[GraphValue]) -> N
 
 
 def tokens_of(batch: Mapping[str, Any]) -> int:
-    """Attended positions of a batch; its rows, if it has neither a mask nor token ids."""
+    """Number of attended positions in a batch; rows if it has neither a mask nor token ids."""
     if isinstance(mask := batch.get("attention_mask"), Tensor) and mask.ndim == 2:
         return int((mask != 0).sum())
     if isinstance(ids := batch.get("input_ids"), Tensor):

@@ -15,9 +15,9 @@ base are calibrated first, and the adapter also learns to compensate their round
 weights and activations stay float. The gradient is straight-through: 1 inside the range, 0 where a
 value was clamped.
 
-It does not support dropout and other randomness (the graph computes evaluation), gradient
-checkpointing, data parallelism, or losses other than that of the logits. `detach` stops gradients
-as in the model; `torch.no_grad()` in the model's forward is not captured and stops none.
+It does not support dropout or other randomness (the graph is in evaluation mode), gradient
+checkpointing, data parallelism, or losses of other outputs than the logits. `detach` stops
+gradients as in the model. `torch.no_grad()` in the model's forward is not captured and stops none.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class TrainingGraph(nn.Module):
     """A graph to train an adapter through quantized activations; see the module.
 
     Args:
-        simulation: of base and adapter with the base's `activation_encodings`, not calibrated. It
-            is modified.
+        simulation: a simulation of base and adapter with the base's `activation_encodings`, not
+            calibrated. It is modified.
 
     Raises:
         CalibrationError: the simulation has no activation encodings.

@@ -72,11 +72,11 @@ def exact_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def memory_of(device: torch.device, what: str) -> Iterator[dict[str, Any]]:
-    """Measure the memory of another device than the CPU: afterwards, the dict has its type as
-    `device`, and, where torch counts it, `peak_device_bytes`.
+    """Measure the memory of a device. Unless it is the CPU, the dict then has its type as `device`,
+    and `peak_device_bytes` if torch counts them.
 
     Raises:
-        DeviceError: the device is out of memory, which `what` needs.
+        DeviceError: the device is out of memory. `what` names the step in the message.
     """
     module: Any = getattr(torch, device.type)
     # Neither torch.cpu nor torch.mps has it.

@@ -45,7 +45,7 @@ def connected() -> Iterator[None]:
     _state["group"] = distributed.new_group(backend="gloo", timeout=_PATIENCE)
     # After an error, the processes stay connected: closing a connection waits for the other one.
     yield
-    # This ends `joined_stages` in the others.
+    # This ends `joined_stages` in the other processes.
     if is_first_process():
         _sent(None)
     # An exit with open connections may be aborted.
@@ -54,7 +54,7 @@ def connected() -> Iterator[None]:
 
 @contextmanager
 def joint_stage(stage: tuple[str, str], is_joint: bool) -> Iterator[None]:
-    """In the first process: run a stage, by name and key, together with the others, or alone."""
+    """In the first process: run a stage (name, key), with the other processes if `is_joint`."""
     if not is_joint or process_count() == 1:
         yield
         return
@@ -67,7 +67,7 @@ def joint_stage(stage: tuple[str, str], is_joint: bool) -> Iterator[None]:
 
 
 def joined_stages() -> Iterator[tuple[str, str]]:
-    """In the others: each joint stage, until the first process ends."""
+    """Worker loop: yields each stage that the first process starts, until that process ends."""
     while (stage := _sent(None)) is not None:
         _state["is_shared"] = True
         yield stage
@@ -87,7 +87,7 @@ def is_mine(number: int) -> bool:
 
 def summed(value: Tensor) -> Tensor:
     """In a joint stage: the sum of the tensors of all processes. May overwrite `value`."""
-    # Another number of processes adds in another order, so sums differ by rounding.
+    # The order of addition depends on the number of processes, so sums differ by rounding.
     # The group is gloo's, which works without GPUs and adds on the CPU.
     total = value.cpu()
     _collect("all_reduce", total)
@@ -101,7 +101,7 @@ def gathered(value: T) -> list[T]:
 
 
 def by_first(compute: Callable[[], T]) -> T:
-    """What the first process computes while the others wait."""
+    """The result of `compute`, which the first process runs while the others wait."""
     return gathered(compute() if is_mine(0) else cast(T, None))[0]
 
 

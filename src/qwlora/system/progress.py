@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Track(Protocol):
-    """`for item in track(items, "calibrating", total): ...`"""
+    """Progress display of a loop: `for item in track(items, "calibrating", total): ...`"""
 
     def __call__(
         self, items: Iterable[T], description: str, total: int | None = None

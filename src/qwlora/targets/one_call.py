@@ -64,28 +64,28 @@ def export(
     opset: int | None = None,
     embedding_bits: int | None = None,
 ) -> None:
-    """Write the files of a target. They replace those of an earlier export of a single simulation.
+    """Write the files of a target. They replace an earlier export of a single simulation.
 
     Args:
-        made: where activations are on grids, calibrated simulations: a `Simulation` for targets
-            onnx_each and aimet, what `simulate_adapters` returns for onnx, qairt and qnn. For the
-            other targets, the frozen base without an adapter.
+        made: the object to export. Targets onnx_each and aimet: a calibrated `Simulation`. Targets
+            onnx, qairt and qnn: the calibrated result of `simulate_adapters`. All other targets:
+            the frozen base without an adapter.
         target: a name that `export.targets` of a recipe can have.
         adapters: folders of trained adapters by name, for targets that take a base. `load_adapter`
             must accept each of them on this base. An adapter that PEFT saved does not record its
             base: it is accepted with a warning.
         tokenizer: saved next to the base, or in its file.
-        gguf_file: of the base, if it came from one, for target gguf, which copies the rest of it.
-        sample: one batch of the model's inputs, for targets aimet and qairt: golden inputs, of the
-            shapes that files with fixed shapes take. Target qnn needs the shapes, too, for a model
-            that is not a causal language model.
+        gguf_file: the GGUF file that the base came from, if any. Target gguf copies the rest of it.
+        sample: one batch of the model's inputs. Targets aimet and qairt store it as golden inputs;
+            its shapes are those of files with fixed shapes. Target qnn needs these shapes, too,
+            unless the model is a causal language model.
         graphs, context: for causal language models and targets aimet, qairt and qnn. `graphs`:
             new tokens in one call; `context`: past and new tokens together. Each pair has a graph.
             All share one copy of the weights, except in aimet, where each graph has a copy.
-        layout: `genie`, for targets qairt and qnn: as Qualcomm's Genie takes the graphs, with its
-            configuration. Needs a tokenizer.
-        opset: 17 to 23, for targets aimet and qairt: of the ONNX models. Below 23, each RMSNorm
-            becomes several primitive operators. Default: 23; 21 for aimet without a cache.
+        layout: `genie`, for targets qairt and qnn: the layout and the configuration that Qualcomm's
+            Genie needs. Requires a tokenizer.
+        opset: ONNX opset for targets aimet and qairt, 17 to 23. Below 23, each RMSNorm becomes
+            several primitive operators. Default: 23; 21 for aimet without a cache.
         embedding_bits: 8, 16 or 32, see `export.embedding_bits` of a recipe.
 
     Raises:
@@ -103,7 +103,7 @@ def export(
     sources = {name: Path(path) for name, path in (adapters or {}).items()}
     bits = embedding_bits or known.embedding_bits[0]
     _check_made(known, target, made, sources)
-    # Now, since a graph takes half a minute to capture and to translate.
+    # Checked first, because capturing and translating a graph takes half a minute.
     known.require_packages(to_write=True)
     folder = Path(folder)
     # Adapters of the old base would stay next to the new one.
@@ -115,7 +115,7 @@ def export(
             subject = Subject(model=made, tokenizer=tokenizer, source=file)
             identity = check_loadable(made, sources.values(), "accept")
         else:
-            # Its grids were measured with the weights as they were then.
+            # Its grids were measured with the weights of that time.
             made.check_unchanged()
             if isinstance(made, AdapterSimulations):
                 made.check_switchable()
@@ -146,7 +146,7 @@ def export(
                 embedding_bits=bits,
             )
 
-        # Nothing opens a folder without its record: a killed export leaves none that looks whole.
+        # Written last: a folder without its record is not opened, so a killed export is harmless.
         old = [f for f in manifest.listed_files(folder, RECORD) if is_inside(folder, f)]
         with replacing_files(folder, last=RECORD, obsolete=old) as scratch:
             parts: dict[str, Any] = {}
@@ -219,7 +219,7 @@ def _check_made(known: Target, target: str, made: Any, adapters: Collection[str]
     if adapters and known.is_simulated:
         raise ExportError(f"target {target} takes simulations, which hold adapters; omit adapters=")
     names = made.keys() - {BASE} if isinstance(made, AdapterSimulations) else set(adapters)
-    # The file systems of macOS and Windows ignore case by default.
+    # By default, file systems of macOS and Windows ignore case.
     lower = [*known.taken_names, *map(str.lower, names)]
     taken = {name for name in names if lower.count(name.lower()) > 1}
     if wrong := sorted(taken | {name for name in names if not re.fullmatch(NAME_PATTERN, name)}):
@@ -241,18 +241,20 @@ def verify(
     limits: Limits = LIMITS,
     layer_tokens: int = LAYER_TOKENS,
 ) -> list[Check]:
-    """Run the files of `export` in their runtime, and compare them with what they were made of.
+    """Run the files of `export` in their runtime, and compare them with the model or simulation
+    that was exported.
 
-    Compares logits and perplexity of language models, all outputs of others, and every layer where
-    the runtime gives its value. Adapters that are not in the folder are skipped.
+    Compares logits and perplexity of language models, all outputs of other models, and every layer
+    whose value the runtime returns. Adapters that are not in the folder are skipped.
 
     Args:
-        made: the simulations; or a model with the adapters, if the target took a base.
-        batches: token ids, or arguments of the model by name; all tokens count.
-        layer_tokens: tokens for the comparison layer by layer.
+        folder: the folder that `export` wrote.
+        made: the exported simulations; or a model with the adapters, if the target took a base.
+        batches: token ids [sequences, tokens], or arguments of the model by name; all tokens count.
+        layer_tokens: number of tokens for the comparison layer by layer.
 
     Returns:
-        the checks. The files compute what they should if every one passed.
+        One `Check` per row of the comparison. The files are correct if every check passed.
 
     Raises:
         SourceError: the folder has no files of `export`, or no adapter of `made`; or

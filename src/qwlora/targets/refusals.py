@@ -352,12 +352,12 @@ def genie_tokens(config: Any, tokenizer: Any) -> dict[str, int | list[int]]:
 
 
 def nearest(scheme: Scheme, targets: Collection[Target], input_bits: int = 16) -> Scheme:
-    """The scheme closest to `scheme` that all targets hold: the closest bitwidth (more bits win a
-    tie), then the same symmetry, then the closest block size. Without activations of 8 bits, all
-    hold w4-bf16block32; `scheme` itself if there is none."""
+    """The closest scheme that all targets can hold: the closest bitwidth (more bits win a tie),
+    then the same symmetry, then the closest block size. All targets hold w4-bf16block32, except
+    with 8-bit activations; if no scheme fits all targets, returns `scheme` itself."""
     asked = scheme.granularity
     granularities = [*_GRANULARITIES, asked]
-    # Of a kind of blocks that a target lacks, plain blocks of the same size are the nearest.
+    # If a target lacks a kind of blocks, plain blocks of the same size are the nearest.
     if isinstance(asked, Blocks):
         granularities.append(PerBlock(asked.size))
     candidates = [

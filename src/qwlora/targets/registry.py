@@ -1,4 +1,4 @@
-"""All export targets by the name that recipes use, and what their formats can hold. Imports no
+"""All export targets, by their names in recipes, and the limits of their formats. Does not import
 torch."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ AIMET_ENCODINGS = FormatLimits(
     zero_point=ANY_BITS,
     remedy="Quantize with solver gptq to w4-block32",
 )
-AIMET_WEIGHTS = replace(AIMET_ENCODINGS, refused=_LINEAR_ONLY)  # of a checkpoint, not of a graph
+AIMET_WEIGHTS = replace(AIMET_ENCODINGS, refused=_LINEAR_ONLY)  # for a checkpoint, not a graph
 COMPRESSED_TENSORS = FormatLimits(
     name="compressed-tensors",
     zero_point=ANY_BITS,
@@ -37,9 +37,7 @@ GGUF = FormatLimits(
     block=32,
     stored_blocks=(32,),
     has_float16_scales=True,
-    refused={
-        LayerKind.CONV1D: "holds transformers' Conv1D in a form that no adapter can be added to"
-    },
+    refused={LayerKind.CONV1D: "stores transformers' Conv1D so that no adapter can be attached"},
 )
 # Its kernels have groups of 32, 64 and 128 values.
 MLX = FormatLimits(
@@ -51,7 +49,7 @@ MLX = FormatLimits(
     stored_blocks=(128, 64, 32),
     refused=_LINEAR_ONLY,
 )
-# Tried in ONNX Runtime 1.32: it refuses float zero points of 8-bit codes, and blocks of 8.
+# Tried in ONNX Runtime 1.32: it refuses 8-bit codes with float zero points, and blocks of 8.
 NBITS = FormatLimits(
     name="MatMulNBits",
     symmetric=range(2, 9),
@@ -63,8 +61,8 @@ NBITS = FormatLimits(
 OPENVINO = FormatLimits(
     name="OpenVINO", symmetric=range(2, 9), zero_point=range(2, 9), float_offset=range(2, 9)
 )
-# Tried in ExecuTorch 1.5 with one layer of each scheme: blocks of 8 bits, and of sizes that 32 does
-# not divide, fail when they are lowered (docs/log/runtimes.md).
+# Tried in ExecuTorch 1.5 with one layer of each scheme: lowering fails for 8-bit blocks and for
+# block sizes that 32 does not divide (docs/log/runtimes.md).
 XNNPACK = FormatLimits(
     name="XNNPACK",
     symmetric=range(2, 9),
@@ -73,7 +71,7 @@ XNNPACK = FormatLimits(
     block_kind=Bf16Block,  # it rounds scales of blocks to bfloat16
     refused={LayerKind.OTHER: "has integers of linear layers and embeddings only"},
 )
-# Read in vLLM 0.33: its kernels of compressed-tensors weights with float activations.
+# From the source of vLLM 0.33: its kernels for compressed-tensors weights and float activations.
 VLLM = FormatLimits(
     name="vLLM",
     symmetric=(4, 8),
@@ -145,7 +143,7 @@ TARGETS: dict[str, Target] = {
         limits=HTP,
         simulation={
             **_NPU_GRIDS,
-            # The HTP needs this grid for products of two activations of 16 bits.
+            # The HTP needs this grid for products of two 16-bit activations.
             "symmetric_matmul_second_input": [True],
             "key_value_bitwidth": [8],
             # All adapters share one compiled graph, which holds the grids as constants.
@@ -159,7 +157,7 @@ TARGETS: dict[str, Target] = {
         runtime="transformers",
         extra="hf",
         packages=("transformers", "peft"),
-        # QAIRT's pipeline takes no encodings of weights. It finds grids from floats on them.
+        # QAIRT's pipeline takes no weight encodings. It finds the grids from the rounded floats.
         writes_floats=True,
         has_one_shape=True,
         chip=HTP,
@@ -220,7 +218,7 @@ TARGETS: dict[str, Target] = {
         runtime="MLX",
         extra="mlx",
         packages=("mlx.core", "mlx_lm"),
-        # No embeddings of 16 bits: MLX computes in the type of the embedding.
+        # No 16-bit embeddings: MLX computes in the type of the embedding.
         embedding_bits=(8, 32),
         rounds_adapters=True,
         limits=MLX,

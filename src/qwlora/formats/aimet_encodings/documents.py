@@ -1,5 +1,5 @@
-"""The JSON of encodings files. Each version has a `Document`, which makes an `EncodingsFile` of
-JSON (`content`). `sections_of` makes JSON of entries.
+"""The JSON of encodings files. The `content` of each version's `Document` turns JSON into an
+`EncodingsFile`; `sections_of` turns entries into JSON.
 
 Versions 0.6.1 and 1.0.0: activations and parameters in two sections, no axis, flat lists.
 
@@ -107,8 +107,7 @@ def integers_of(value: Any) -> Integers:
 
 
 def _rectangle(value: Any, what: str) -> npt.NDArray[Any]:
-    """Nested lists as an array of Python's numbers."""
-    # Objects: numpy keeps lists of different lengths as values then, and integers exact.
+    # dtype object: numpy then keeps integers exact, and lists of different lengths as values.
     array = np.array(value, dtype=object)
     if not array.size:
         raise ValueError("is empty")
@@ -236,7 +235,7 @@ Section = TypeVar("Section")
 def is_by_module(document: dict[str, Any]) -> bool:
     """Whether the activations of a document are listed by module."""
     # aimet-torch writes this form for loading it again: `sim.save_encodings_to_json` (no version),
-    # `*_torch.encodings` of `sim.export` (0.6.1 or 1.0.0, whose items are of 0.6.1 all the same),
+    # `*_torch.encodings` of `sim.export` (labeled 0.6.1 or 1.0.0; the items are those of 0.6.1),
     # and the parameters alone after AdaRound and GPTVQ (no activations, no version):
     #
     #     activation_encodings: {MODULE: {input: {"0": ITEM or [ITEM, ...]}, output: {...}}}
@@ -249,7 +248,7 @@ def is_by_module(document: dict[str, Any]) -> bool:
 
 
 def without_modules(document: dict[str, Any]) -> dict[str, Any]:
-    """A document by module as one of 0.6.1, with activations MODULE.input.0 and so on."""
+    """Convert a document by module to 0.6.1, with activations MODULE.input.0 and so on."""
     activations = {}
     for module, sides in document.get("activation_encodings", {}).items():
         is_nested = isinstance(sides, dict) and all(isinstance(v, dict) for v in sides.values())
@@ -285,7 +284,7 @@ class SectionsDocument(Document, Generic[Section]):
 
 
 class Entry061(JsonEntry):
-    """A name, and its items by field: numbers of each channel, and what all channels share."""
+    """A name, and its items by field: one number per channel, and the fields all channels share."""
 
     dtype: Literal["int", "float"]
     bitwidth: int
@@ -368,7 +367,6 @@ def _items(encoding: Entry) -> list[dict[str, Any]]:
 
 
 def _range(encoding: IntegerEncoding) -> tuple[Floats, Floats]:
-    """Lowest and highest value of each grid."""
     # In float32 if the scales are, as in AIMET, so that its files are written back as they were.
     offset, scale = encoding.offset.reshape(-1), encoding.scale.reshape(-1)
     highest = offset + 2**encoding.bitwidth - 1

@@ -3,10 +3,9 @@
 Files are not trusted: reading takes time and memory proportional to the size, and raises only
 EncodingsFileError.
 
-A conversion neither loses nor invents anything.
-Versions 0.6.1 and 1.0.0 list parameters in their own section, but store no axes. 2.0.0 and 2.1.0
-store axes, but have no sections. Only the model could tell what is missing, so files are converted
-only within a pair:
+A conversion neither loses nor invents information. Versions 0.6.1 and 1.0.0 have a section for
+parameters but store no axes; 2.0.0 and 2.1.0 store axes but have no sections. The missing part is
+known only to the model, so files are converted only within a pair:
 
     0.6.1 to 1.0.0, 2.1.0 to 2.0.0    nothing is lost
     1.0.0 to 0.6.1    lost: block sizes (blocks become channels), LPBQ, and whether one scale in a
@@ -123,7 +122,7 @@ def _lines(value: Any) -> str:
 
 def to_document(file: EncodingsFile) -> dict[str, Any]:
     """The JSON value that `write_encodings` writes; same errors."""
-    # Refuses what the version cannot express. It copies no array.
+    # Refuses content that the version cannot express. It copies no array.
     convert(file, file.version)
     entries = sections_of(file)
     excluded, settings = file.excluded_layers, file.quantizer_args
@@ -224,7 +223,6 @@ def _stored(entry: Entry, version: str) -> Entry | None:
 
 
 def _lost(entry: Entry, stored: Entry | None) -> list[str]:
-    """The fields of an encoding that a version cannot store."""
     if stored is None:
         kind = {IntegerEncoding: "integers", LpbqEncoding: "LPBQ", FloatEncoding: "floats"}
         name = f" ({entry.format})" if isinstance(entry, FloatEncoding) and entry.format else ""

@@ -52,7 +52,7 @@ from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Blocks, Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
-# AIMET's names of observers that it also has; others keep ours, with underscores.
+# AIMET's names for the observers that it has; others keep our names, with underscores.
 _QUANT_SCHEMES = {
     "min-max": "min_max",
     "sqnr": "post_training_tf_enhanced",
@@ -75,7 +75,7 @@ def write_graph_encodings(
         version: 1.0.0, or 2.0.0 of a float model.
         float_model: grids by name of the tensor; which of these are parameters; float tensors
             without a grid. Default: a QDQ model, whose tensors are the marks of `graph`.
-        kinds: of the values of a QDQ model to write encodings of.
+        kinds: which values of a QDQ model to write encodings for.
     """
     marks = [mark for mark in graph.marks if mark.kind in kinds]
     grids: Mapping[str, Encoding] = {mark.name: graph.encodings[mark.name] for mark in marks}
@@ -101,7 +101,7 @@ def write_graph_encodings(
         for name in sorted(grids, key=parameters.__contains__)
         if name not in excluded
     ]
-    # 1.0.0 calls a tensor without a grid a float of 16 bits; 2.0.0 has no words for that.
+    # 1.0.0 lists a tensor without a grid as a 16-bit float; 2.0.0 cannot express that.
     file = EncodingsFile(
         version,
         (*entries, *(FloatEncoding(name, 16) for name in floats if version < "2")),
@@ -270,9 +270,9 @@ def _integer_grid(entry: IntegerEncoding, layout: TensorLayout, version: str) ->
         granularity = PerChannel(axis)
         if scale.size != layout.shape[axis]:
             hint = ""
-            # 0.6.1 lists blocks as channels: out * k scales are k blocks along the input, for LPBQ
-            # too, whose scales are then the products. As many scales as inputs could also be one
-            # per input: refused.
+            # 0.6.1 lists blocks as channels: out * k scales are k blocks along the input. For LPBQ
+            # these scales are the products. If there are as many scales as inputs, they could also
+            # be one per input, so the file is refused.
             if version == "0.6.1" and len(layout.shape) == 2:
                 rows, columns = layout.shape
                 blocks, rest = divmod(scale.size, rows)

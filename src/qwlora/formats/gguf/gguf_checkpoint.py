@@ -6,9 +6,9 @@ names.
 
 The dequantized values equal those of the `gguf` package bit for bit. Configuration and names come
 from the loading code of transformers, so every architecture that it supports can be read. Settings
-that it leaves at its defaults are as llama.cpp has them. What it does to values (reorder the rows
-of q and k, subtract one from norms, join experts) is also applied to integers, if it only moves
-rows or blocks. Floats of type F32, F16 and BF16 are read as float32, those of F64 as float64.
+that it does not read from the file are as in llama.cpp. Its conversions (reorder the rows of q and
+k, subtract one from norms, join experts) also apply to integers if they only move rows or blocks.
+F32, F16 and BF16 are read as float32, F64 as float64.
 
 Quantized blocks are decoded into codes and scales, and become a `QuantizedTensor`:
 
@@ -143,7 +143,7 @@ class GgufCheckpoint(MappedCheckpoint):
             SourceError: there is no such parameter.
             ExportError: it is stored in several tensors, transposed, or with permuted columns.
         """
-        # A head that the file ties to the embedding; llama.cpp looks for a separate one here.
+        # If the file ties the head to the embedding, llama.cpp looks for a separate head here.
         if name not in self._origins and name in self.model.state_dict():
             return "output.weight", torch.arange(count)
         origin = self._origins_of(name)[0]
@@ -157,11 +157,11 @@ class GgufCheckpoint(MappedCheckpoint):
         return origin.sources[0], order.rows.flatten()
 
     def stored_values(self, name: str, values: Tensor) -> tuple[str, Tensor]:
-        """The stored tensor of a float parameter, and the content that is read as `values`.
+        """The stored tensor of a float parameter, and the content that would be read as `values`.
 
         Raises:
             SourceError: there is no such parameter.
-            ExportError: the conversion does anything else; see also `stored_rows`.
+            ExportError: the conversion is no permutation plus constants; see also `stored_rows`.
         """
         if values.ndim > 1:
             stored, rows = self.stored_rows(name, values.shape[:-1].numel())
@@ -429,7 +429,7 @@ def find_reordering(
             which share a scale.
     """
     width = shapes[0][-1]
-    # Two columns are fast to probe. Some conversions fail, because they need the real number.
+    # Two columns are fast to probe, but some conversions fail unless they get the real number.
     try:
         return _probed(origin, [(*shape[:-1], min(2, width)) for shape in shapes], block, what)
     except SourceError:
@@ -479,7 +479,6 @@ def _probed(origin: Origin, shapes: list[tuple[int, ...]], block: int, what: str
 
 
 def _is_order(numbers: Tensor, count: int) -> bool:
-    """Whether `numbers` is a permutation of 0 to `count - 1`."""
     in_order = torch.arange(count, dtype=numbers.dtype)
     return torch.equal(numbers.flatten().sort().values, in_order)
 

@@ -87,7 +87,7 @@ class GgufFile:
 
     def raw(self, name: str) -> UInt8[Tensor, "*rows bytes"]:
         """The bytes of one tensor, row by row; a view of the mapped file."""
-        # Not above: a run that skips everything reads metadata only.
+        # Imported here, because a run that skips all stages only reads metadata.
         import torch
 
         tensor = self.tensors[name]
@@ -207,7 +207,7 @@ class GgufFile:
                 )
 
     def _skip(self, size: int) -> int:
-        """Move behind the next `size` bytes; returns where they start."""
+        """Skip the next `size` bytes; returns the position of the first."""
         start = self._position
         if size > len(self._data) - start:
             raise self._damaged(

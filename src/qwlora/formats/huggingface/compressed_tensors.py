@@ -143,9 +143,8 @@ class CompressedTensors(FormatReader):
     def _weights(self, layer: str) -> Weights:
         if len(self._groups) == 1:
             return self._groups[0][1]
-        # As in `compressed_tensors.utils.match.match_targets`: first the layer's name, then
-        # patterns, then the names of its classes, each in alphabetical order. If two groups have
-        # the same target, the last one wins.
+        # Order of `compressed_tensors.utils.match.match_targets`: the layer's name, then patterns,
+        # then its class names, each alphabetically. If two groups share a target, the last wins.
         by_target = {target: weights for targets, weights in self._groups for target in targets}
         path, module = self.module_of(layer)
         kinds = type(module).__mro__ if module is not None else (nn.Linear, nn.Module)
@@ -183,8 +182,8 @@ class CompressedTensors(FormatReader):
     def _codes(self, layer: str, bitwidth: int, shape: tuple[int, ...]) -> Tensor:
         where, half = self.where(layer), 2 ** (bitwidth - 1)
         if self._is_packed(layer):
-            # compressed-tensors 0.13 kept whole codes of 3, 5, 6 and 7 bits in a word. Nothing says
-            # so but the number of words, by which such files are refused.
+            # compressed-tensors 0.13 stored codes of 3, 5, 6 and 7 bits unsplit. Only the number of
+            # words shows it; such files are refused.
             needed = (shape[0], math.ceil(shape[1] * bitwidth / 32))
             words = self.files.read_as(f"{layer}.weight_packed", ("I32",), needed, where)
             return unpack_words(words, bitwidth, shape[1])

@@ -67,8 +67,6 @@ _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
 class _Size(NamedTuple):
-    """Bitwidth and lengths of the axes of one layer."""
-
     bitwidth: int
     inputs: int
     outputs: int
@@ -137,7 +135,6 @@ class QweightTensors(FormatReader):
         return self.quantized(layer, size.bitwidth, codes, scale, offset)
 
     def _part(self, layer: str, part: str, size: _Size) -> Tensor:
-        """Codes, zero points or scales as [out, in or groups]."""
         values = self.files.read(f"{layer}.{part}")
         first, second = AXES[self.layout][PARTS.index(part)]
         if first.endswith("*"):
@@ -204,7 +201,7 @@ class QweightTensors(FormatReader):
                 f"{where}: g_idx contains group {int(index.max())} or {int(index.min())}, but "
                 f"there are {count} groups; download the model again"
             )
-        # Blocks are contiguous inputs. Which number the group of a run has does not matter.
+        # Blocks are contiguous inputs; the number of a group does not matter.
         runs = index.view(count, -1)
         if not bool((runs == runs[:, :1]).all()):
             raise SourceError(

@@ -132,7 +132,6 @@ class FolderCheckpoint(MappedCheckpoint):
                 )
 
     def _module_of(self, stored: str) -> tuple[str, nn.Module | None]:
-        """The model's name for a stored layer, and its module."""
         for origin in self.origins:
             if not origin.operations and origin.sources[0] == f"{stored}.weight":
                 path = origin.target.rpartition(".")[0]

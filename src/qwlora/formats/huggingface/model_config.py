@@ -1,12 +1,9 @@
-"""What a model's config.json says: read with a check of its counts, and the number of positions.
+"""Read a model's config.json with a check of its counts, and check sequence lengths against it.
 
-The longest sequence that a model has positions for:
-
-    max_position_embeddings, no rope_parameters    a table with one row per position (GPT-2, OPT,
-                                                   BERT, GPT-J's sines): longer ones are impossible
-    with rope_parameters                           rotary, computed for any position: longer ones
-                                                   run, but the model was not trained on them
-
+max_position_embeddings, no rope_parameters    a table with one row per position (GPT-2, OPT,
+                                               BERT, GPT-J's sines): a hard limit
+with rope_parameters                           rotary, computed for any position: longer
+                                               sequences run, but were not trained
 """
 
 from __future__ import annotations
@@ -59,8 +56,8 @@ _UNSCALED = ("default", "axial", "proportional")  # rope types without a scaling
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Read the configuration, without what it says about the files of the weights
-    (`quantization_config`, `transformers_weights`).
+    """Read the configuration, without its entries about weight files (`quantization_config`,
+    `transformers_weights`).
 
     Raises:
         SourceError: config.json is missing or unreadable, has a count that no model has, or
@@ -118,7 +115,7 @@ def check_values(folder: Path) -> None:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Raise any error inside as a SourceError `what: the error`, with our words for some."""
+    """Raise any error inside as a SourceError `what: the error`; some get a clearer message."""
     with foreign_as(SourceError, what):
         try:
             yield

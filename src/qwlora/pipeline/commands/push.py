@@ -5,9 +5,9 @@
     adapter             adapter_model.safetensors, adapter_config.json, qwlora.json, model card
     TARGET/             the files of the adapter for each runtime it was exported for
 
-The files that the job's stages wrote are uploaded, and the model card; no exported files that are
-out of date or did not pass their check. The upload is one commit, so a reader sees all of it or
-nothing. It deletes only files that this job uploaded there before (`PUSHED`).
+Uploads the model card and files that the job's stages wrote, except exported files that are out of
+date or failed their check. The upload is a single commit. It deletes only files that this job
+uploaded there before (`PUSHED`).
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ PUSHED = "pushed.json"  # in .qwlora/: where the base was uploaded to, and which
 
 @dataclass(frozen=True)
 class Upload:
-    """What would be uploaded.
+    """The files to upload.
 
     Args:
-        files: by path in the repository.
-        notes: what is left out, and why.
-        outdated: files that this job uploaded there before, and that are not among `files`.
+        files: local files by path in the repository.
+        notes: which files are skipped, and why.
+        outdated: files that this job uploaded there before and that are no longer in `files`.
     """
 
     what: str
@@ -154,7 +154,7 @@ def _write_note(folder: Path, note: Mapping[str, Any]) -> None:
 
 
 def _recorded(store: Store, place: str) -> dict[str, Path]:
-    # Those of the record only: files that the user put next to them are not published.
+    # Only files in the record: files that the user put next to them are not published.
     return {name: store.path / place / name for name in store.records[place].files}
 
 
@@ -166,7 +166,7 @@ def _exports(
         known = TARGETS[target]
         if known.has_cases:
             notes.append(
-                f"export/{target} is left out, because it contains the base and all adapters"
+                f"export/{target} is skipped, because it contains the base and all adapters"
             )
             continue
         if adapter is None and not known.has_base:
@@ -178,11 +178,11 @@ def _exports(
         if adapter is None and known.is_simulated:
             checks = [f"verify/{target}"]
         if (reason := stale.get(stage)) is not None:
-            notes.append(f"{stage} is left out: {reason}")
+            notes.append(f"{stage} is skipped: {reason}")
         # Any adapter's check also runs the base.
         elif all(check in stale for check in checks):
             notes.append(
-                f"{stage} is left out, because its check has not passed ({checks[0]}: "
+                f"{stage} is skipped, because its check has not passed ({checks[0]}: "
                 f"{stale[checks[0]]}). Run first: {command_line('run', store.path)}"
             )
         else:
@@ -198,7 +198,7 @@ def _exports(
 
 def _adapter_files(store: Store, scratch: Path, name: str, base: str | None) -> dict[str, Path]:
     files = _recorded(store, f"adapters/{name}")
-    # PEFT finds the base by the adapter's configuration, which names none in the job.
+    # PEFT finds the base by the adapter's configuration; in the job, it names no base.
     if base is not None:
         config = json.loads(files[CONFIG].read_text()) | {"base_model_name_or_path": base}
         write_text(scratch / CONFIG, strict_json.dumps(config, indent=2))

@@ -231,7 +231,7 @@ def train(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[
     updates: dict[str, Any] = {}
     if is_first_process():
         updates = adapter_updates(model)
-        # An adapter from elsewhere names the model it was trained on, which is not this base.
+        # An imported adapter names the model it was trained on, which is not this base.
         for config in model.peft_config.values():
             config.base_model_name_or_path = None
         save_adapter(model, scratch, identity)
@@ -353,7 +353,6 @@ def solver_scales(base: Path) -> dict[str, Tensor]:
 
 
 def _calibrate_base(context: JobContext, scratch: Path) -> dict[str, Any]:
-    """Calibrate the base without an adapter."""
     simulation = context.simulate(context.base())
     context.check_rules(simulation.placement)
     report = context.calibrate(simulation)

@@ -26,9 +26,9 @@ class ReportSection:
         label: in the list of contents.
         position: in the page; folded from `DETAILS` on.
         of_job, of_adapter: whether the section is drawn for the whole job, and for each adapter.
-            With a single adapter both are one: `view` is called once, with its name.
-        view: what the template draws, or None to leave the section out. The key `question`
-            replaces the question. The adapter is empty for what concerns the whole job.
+            With a single adapter, `view` is called once, with its name.
+        view: returns the data for the template, or None to omit the section. The key `question`
+            replaces the question. For the whole job, the adapter's name is empty.
     """
 
     id: str
@@ -67,9 +67,9 @@ class Table:
     Args:
         rows: cells by column; all rows have the same columns.
         marked: numbers of the rows to highlight.
-        words: columns that hold words, which are aligned left.
-        most: rows that are shown at once; the others are shown on request.
-        left_out: rows that the page does not have.
+        words: columns of words, which are aligned left.
+        most: number of rows shown at once; the others are shown on request.
+        left_out: number of rows that the page does not have.
     """
 
     caption: str | Markup

@@ -1,4 +1,4 @@
-"""What did it cost, in six figures? Each figure is that of the worst adapter."""
+"""What did it cost? Six figures, each for the worst adapter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PACKING = "How much worse the model got when its weights became integers, before
 SIZE = "Graph and weights; where the base has files of its own, what each further adapter costs."
 SAME_TOKEN = (
     "Same likeliest token: how often two models would pick the same next word. Here: exported file "
-    "against what it was made of."
+    "against the model it was exported from."
 )
 
 _SHORT = {"float": "float", "reference": "float LoRA"}
@@ -57,7 +57,7 @@ def view(job: Job, adapter: str) -> View:
 
 
 def tiles(job: Job) -> list[Tile]:
-    """The key figures of a job, as far as it got; of several adapters always the worst."""
+    """The key figures of a job so far; each for the worst adapter."""
     kinds = (perplexity_tile, _packing, _shipping, _divergence, _same_token, _file_size)
     return [_worst(job, kind) for kind in kinds]
 

@@ -173,7 +173,8 @@ def heat_map(
     bits: Mapping[Place, str],
     logarithmic: bool = False,
 ) -> Drawing:
-    """A cell for each place, with its bits. More contrast is larger; the largest is outlined."""
+    """A cell for each place, with its bits. Larger values have more contrast; an outline marks the
+    largest."""
     narrow, cell, columns = is_narrow(width), 17, len(grid.columns)
     names = [kind.rpartition(".")[2].removesuffix("_proj") for kind in grid.rows]
     left = min(max(64, 6 * max(map(len, names)) + 8), 104)

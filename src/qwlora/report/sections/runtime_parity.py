@@ -1,6 +1,5 @@
-"""Does each runtime compute what was trained? Figures of each, and of several adapters all checks.
-
-The checks of a single adapter are under the verdict.
+"""Does each runtime compute what was trained? Figures of each runtime, and all checks of several
+adapters. The checks of a single adapter are under the verdict.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def view(job: Job, adapter: str) -> View | None:
     checks = []
     for target in job.targets:
         name, evidence = runtime(target), proof_evidence(job, target, adapter)
-        # The base is in files of its own, or in those of each adapter.
+        # The base has its own files, or is in the files of each adapter.
         owner = BASE if BASE in job.section("export", target) else adapter
         base: Cell = job.shown(size, "export", target, owner, "bytes")
         bits: Cell = job.shown(fixed, "export", target, owner, "bits_per_weight")
@@ -52,7 +51,7 @@ def view(job: Job, adapter: str) -> View | None:
     failed, missing = of_outcome[Outcome.FAILED], of_outcome[Outcome.MISSING]
     problems = job.get("parity", failed[0], adapter, "problems") if failed else []
     return {
-        "tables": [Table("Exported files against what they were made of", rows), *checks],
+        "tables": [Table("Exported files against the exported models", rows), *checks],
         "names": [runtime(target) for target in job.targets],
         "failed": [runtime(target) for target in failed],
         "problems": "; ".join(str(problem) for problem in problems or []),
@@ -65,8 +64,8 @@ def view(job: Job, adapter: str) -> View | None:
 
 
 def parity_cells(job: Job, target: str, adapter: str, settings: str = "") -> dict[str, Cell]:
-    """How far an adapter's exported files are from what is expected, see `Job.drift`; nothing if
-    they changed. Shipped settings are not checked."""
+    """Differences of an adapter's exported files from the expected results, see `Job.drift`; empty
+    if the files changed. Shipped settings are not checked."""
     place, drift = ("parity", target, adapter), job.drift(target, adapter, settings)
     is_passed = job.get(*place, "passed")
     check = None if is_passed is None else "passed" if is_passed else "failed"

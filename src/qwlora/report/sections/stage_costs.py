@@ -20,7 +20,7 @@ def view(job: Job, adapter: str) -> View | None:
     if sum(not row.hatched for row in rows) < 2:
         return None
     packing, training = job.change("base", "float", adapter), job.change("adapted", "base", adapter)
-    # Changes of stages multiply, so the share that training won back is one of logarithms.
+    # Changes multiply, so the share that training won back is computed on logarithms.
     won_back = packing and training and -math.log1p(training) / math.log1p(packing)
     kind = job.reference("adapted", adapter)
     start = job.perplexity(kind, adapter)
@@ -67,7 +67,7 @@ def _rows(job: Job, adapter: str) -> list[Row]:
     before: float | None = None
     for kind, title in job.kinds.items():
         after = job.perplexity(kind, adapter)
-        # Of a model whose files hold only integers, there is no float model to measure.
+        # If the model's files hold only integers, there is no float model to measure.
         if kind == "float" and after is None and job.perplexity("base", adapter) is not None:
             continue
         add(title, details[kind], before, after)

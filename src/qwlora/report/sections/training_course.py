@@ -24,7 +24,7 @@ class Course:
     """The losses of one adapter.
 
     Args:
-        steps: of the whole training; more than `losses` while it runs.
+        steps: number of steps of the whole training; more than `losses` while it runs.
         held_out: (step, loss).
         is_evaluated: whether held-out loss was measured during training, not only at both ends.
         limit: the loss above which training counts as diverged, if it did.

@@ -1,21 +1,22 @@
-"""Lift what positions and masks decide out of a graph, for accelerators without integer arithmetic.
+"""Move values that depend only on positions and masks to the host: some NPUs compute no integers.
 
     position_ids, attention_mask --> host graph --> position_ids_cos, position_ids_sin,
                                                     attention_mask (float) --> device graph
 
-A value belongs to the host graph if positions, the mask and constants alone decide it: no weight,
-no token and no cached tensor flows into it. Where another operator reads it, the device graph has
-an input instead:
+A value belongs to the host graph if it depends only on positions, the mask and constants: no
+weight, no token and no cached tensor flows into it. If an operator of the device graph reads it,
+the device graph gets an input instead:
 
-    float       named by how it was made: position_ids_cos, position_ids_sin, attention_mask;
+    float       named after its origin: position_ids_cos, position_ids_sin, attention_mask;
                 several are numbered: attention_mask, attention_mask_1
     integer     int32: position_ids of a learned embedding
 
-In a graph without a key-value cache, every input without an encoding decides: token ids, masks, a
-time step. Lifted values are called after the input; integers that nothing decides, `constant`.
+In a graph without a key-value cache, the host graph starts from every input without an encoding:
+token ids, masks, a time step. Moved values are named after that input; constant integers are named
+`constant`.
 
-Token ids are int32 too. Nothing here knows an architecture: an operator that reads a boolean of the
-host graph, and integer arithmetic that remains on the device, are refused by name.
+Token ids are int32 too. No architecture is known by name. An operator on the device that reads a
+boolean of the host graph or computes integers is refused; the message names it.
 
 `lift_scaling` makes alpha / rank an input of the device graph:
 
@@ -130,7 +131,6 @@ def run_host(host: QuantizedGraph, mask: Tensor, positions: Tensor) -> dict[str,
 
 
 def _merge_equal_(graph: Graph, names: set[str]) -> None:
-    """Merge equal calls among the nodes in `names`."""
     first: dict[object, Node] = {}
     for node in list(graph.nodes):
         # an in-place operator may overwrite a value that others read then

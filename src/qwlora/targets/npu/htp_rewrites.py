@@ -222,7 +222,6 @@ def _split_group_norm_(model: Any, node: Any, traced: Mapping[str, Node]) -> Non
 
 
 def _ends(quantize: Any) -> tuple[float, float]:
-    """The ends of the grid of a QuantizeLinear."""
     scale, zero_point = (numbers(value) for value in quantize.inputs[1:])
     steps, zero = np.iinfo(zero_point.dtype).max, float(zero_point)
     return -zero * float(scale), (steps - zero) * float(scale)
@@ -266,7 +265,6 @@ def _set_(node: Any, name: str, value: int) -> None:
 
 
 def _has_four_bits(node: Any) -> bool:
-    """Whether a node dequantizes a constant of int4."""
     if node is None or node.op_type != "DequantizeLinear" or not node.inputs[0].is_initializer():
         return False
     int4 = require("onnx_ir", "onnx").DataType.INT4
@@ -303,7 +301,6 @@ def _made_by(value: Any) -> Any:
 
 
 def _readers(value: Any) -> list[Any]:
-    """The nodes that read a value after its quantization."""
     readers = []
     for user, _ in value.uses():
         readers += _readers(user.outputs[0]) if user.op_type in _QUANTIZERS else [user]

@@ -232,7 +232,6 @@ class CachedGraphs(Runtime):
         return cache
 
     def _axis(self, name: str) -> int:
-        """The axis of tokens in a cached tensor."""
         return 3 if self.has_genie_layout and "_key_" in name else 2
 
     def call(

@@ -260,7 +260,6 @@ def _refuse_float_values(program: ExportedProgram, marks: dict[str, GraphValue])
 
 
 def _host_encodings(host: QuantizedGraph, sizes: CacheSizes, scheme: Scheme) -> dict[str, Encoding]:
-    """The encoding of each float input that the host computes."""
     # evenly spaced lengths of the past: a long context has too many to run the host for each
     ranges: dict[str, tuple[float, float]] = {}
     for past in sorted({round(sizes.past * i / _PLACES) for i in range(_PLACES + 1)}):

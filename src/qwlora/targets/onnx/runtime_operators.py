@@ -212,7 +212,6 @@ def _unrotated(node: Any) -> tuple[Any, tuple[Node, ...]]:
 
 
 def _is_slice(node: Any, whole: Node, start: int, stop: int | None = None) -> bool:
-    """Whether `node` is whole[..., start:stop]."""
     if _operation(node) != "slice" or node.args[0] is not whole:
         return False
     (axis, first, last), width = node.args[1:4], whole.meta["val"].shape[-1]
@@ -385,7 +384,6 @@ def _replace_(attention: Attention, nodes: Mapping[str, Node]) -> None:
 
 
 def _call(before: Node, target: Any, *arguments: Any) -> Any:
-    """A call of `target` before a node."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, arguments)
     values = map_arg(arguments, lambda n: n.meta["val"])

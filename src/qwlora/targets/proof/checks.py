@@ -20,8 +20,8 @@ class Limits:
     """Largest allowed differences.
 
     Args:
-        layer_steps, layer_mean_steps: of any layer, largest and mean, in steps of its output grid.
-        perplexity_difference: of a language model, relative.
+        layer_steps, layer_mean_steps: largest and mean difference of a layer, in steps of its grid.
+        perplexity_difference: relative difference of a language model's perplexity.
         sqnr, below_floor: an output may be `below_floor` dB below its noise floor; `sqnr` dB is
             always enough, and less than `compare.WRONG` dB never is.
     """
@@ -44,7 +44,7 @@ class Check:
 
     Args:
         what: a phrase, such as "perplexity with the adapter differs".
-        value, limit: None if not finite; a flag where something has to be equal.
+        value, limit: numbers in `unit`, None if not finite; booleans if two things must be equal.
     """
 
     what: str

@@ -1,5 +1,4 @@
-"""README.md of a bundle: what it is, how to run it, what was proven. It prints the checks of its
-proofs, and judges nothing."""
+"""README.md of a bundle: contents, how to run it, and the checks of its proofs as recorded."""
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ _PROMPTS = {True: "What can you help me with?", False: "Once upon a time"}
 
 @cache
 def _templates() -> Environment:
-    # Model cards show them too, also of a run in which nothing changed: templates instead of
-    # methods of the backends, which would import torch.
+    # Model cards use them too, even in runs that skip all stages. Methods of the backends would
+    # import torch, so these are templates.
     loader = PackageLoader("qwlora.targets", "usage_templates")
     made = Environment(
         loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -57,7 +56,7 @@ def usage(
     """
     if (name := f"{target}.md") not in _templates().list_templates():
         return ""
-    # A bundle's record names the class, which must be no other code in the README.
+    # The class name comes from a bundle's record. It must not bring other code into the README.
     is_usual = kind.endswith("ForCausalLM") or not kind.isidentifier()
     values = {"base": base, "adapter": adapter, "has_cache": has_cache, "more": [*more]}
     values["model_class"] = "AutoModelForCausalLM" if is_usual else kind
@@ -66,7 +65,7 @@ def usage(
 
 
 def facts(model: Any, source: str) -> dict[str, Any]:
-    """What a base's record says about it for README.md; it was made from the model `source`."""
+    """Entries of a base's record for README.md. `source`: the model that the base was made from."""
     from qwlora.formats.model_card import origin_of
     from qwlora.grid.scheme import short_name
     from qwlora.nn.packed_layer import packed_weights
@@ -82,8 +81,8 @@ def write_readme(
     """Write README.md, unless the user edited it.
 
     Args:
-        chats: the adapters that are there, and whether their data were conversations.
-        proofs: the records of those that were checked.
+        chats: for each adapter in the bundle, whether its data were conversations.
+        proofs: the records of the checked adapters.
     """
     if is_users_card(bundle / README):
         return

@@ -53,7 +53,7 @@ def verify_server(
     timeout: float = 60.0,
     track: Track = untracked,
 ) -> list[dict[str, Any]]:
-    """Ask a server which of the exported models answers.
+    """Check which exported model answers under each name of a server.
 
     Works with OpenAI's /v1/completions (vLLM, SGLang, llama-server, mlx_lm.server) and with
     llama-server's /completion. A key for the server is read from the environment variable
@@ -61,11 +61,11 @@ def verify_server(
 
     Args:
         folder: exported files of one target, with base/ and a folder for each adapter.
-        url: of the server, such as `http://127.0.0.1:8000`. Nothing else is contacted.
-        models: the server's name by `base` or an adapter's name. Empty text: no model is named.
+        url: address of the server, such as `http://127.0.0.1:8000`. Nothing else is contacted.
+        models: the server's model name for `base` and for each adapter. An empty name is not sent.
             `lora:N` or `lora:none`: adapter N of llama-server alone, or none. Default: what the
             server lists.
-        timeout: seconds, for all requests together.
+        timeout: limit for all requests together, in seconds.
 
     Returns:
         A row for each model that was asked, and for each adapter that the server does not list:

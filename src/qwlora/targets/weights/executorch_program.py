@@ -130,8 +130,6 @@ def serve(descriptor: str, file: str) -> None:
 
 
 class _Program:
-    """The program of a base, with adapters and caches."""
-
     def __init__(self, file: Path):
         from executorch.runtime import Runtime as Library
 

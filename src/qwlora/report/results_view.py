@@ -119,7 +119,7 @@ class Job:
         }
 
     def data_cautions(self) -> Iterator[tuple[str, str]]:
-        """The name of a text, and a sentence about what is missing of it."""
+        """The name of a text, and a warning about lost or unused text."""
         for name, path in self.texts().items():
             cautions = self.get(*path, "cautions")
             for caution in cautions if isinstance(cautions, list) else ():
@@ -195,7 +195,7 @@ class Job:
                 name = f"{runtime(target)} " * (len(targets) > 1)
                 same = f"{'at least ' * (len(shares) > 1)}{precise_percent(min(shares))}"
                 how = f"{TARGETS[target].shipped}, with {TARGETS[target].rounds}"
-                parts.append(f"{name}in float32; {how}: {same} same likeliest token")
+                parts.append(f"{name}in float32; {how}: {same} top-1 agreement")
         return f" ({'; '.join(parts)})" if parts else ""
 
     def worst_proof(self, adapter: str, key: str, worst: Any = max) -> tuple[str, ...]:

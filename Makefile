@@ -45,8 +45,8 @@ docs/recipe.md: .venv/ready docs/recipe_page.py $(wildcard src/qwlora/recipe/*.p
 docs/cli.md: .venv/ready docs/cli_page.py $(wildcard src/qwlora/cli/*.py)
 	$(BIN)/python docs/cli_page.py > $@
 
-docs/errors/index.md: .venv/ready src/qwlora/errors.py docs/error_pages.py
-	$(BIN)/python docs/error_pages.py docs/errors
+docs/errors.md: .venv/ready src/qwlora/errors.py docs/errors_page.py
+	$(BIN)/python docs/errors_page.py > $@
 
 .venv-docs/ready: requirements/docs.txt
 	$(PYTHON) -m venv .venv-docs

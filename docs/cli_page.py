@@ -25,6 +25,11 @@ Required arguments of a command are in braces.
 """
 
 
+# What typer adds to a number's help: "; x>=1" after its default, or "[0<=x<=1]".
+_BOUNDS = r"(?:[\d.]+<=)?x[<>]=[\d.]+"
+_RANGE = re.compile(rf"; {_BOUNDS}(?=\])|  \[{_BOUNDS}\]")
+
+
 class Command(NamedTuple):
     """A command, or a group of commands, which has no `call`."""
 
@@ -64,7 +69,9 @@ def _command(text: str) -> Command:
     items = re.findall(r"^\* `(?!--help|--show-completion)[^`]+`: .*", text, re.MULTILINE)
     # arguments as in `call`, without their type
     arguments = re.compile(r"^(\* `)(?!-)(\S+) <[\w\[\]]+>(.*?)(?:  \[required\])?$")
-    return Command(heading, description, call, [arguments.sub(r"\1\2\3", item) for item in items])
+    items = [_RANGE.sub("", arguments.sub(r"\1\2\3", item)) for item in items]
+    items = [re.sub(" <(?:int|float)(?: range)?>", " N", item) for item in items]
+    return Command(heading, description, call, items)
 
 
 def _name(item: str) -> str:

@@ -52,9 +52,7 @@ def _values(field: dict[str, Any], default: Any = None) -> str:
     match field:
         case {"enum": values}:
             return ", ".join(bold if v == default else f"`{flow(v)}`" for v in values)
-        case {"type": "boolean"}:
-            return _values({"enum": [True, False]}, default)
-        case {"type": "integer" | "number"} if default is not None:
+        case {"type": "boolean" | "integer" | "number"} if default is not None:
             return bold
         case {"const": value}:
             return f"`{value}`"
@@ -68,7 +66,7 @@ def _values(field: dict[str, Any], default: Any = None) -> str:
         case {"additionalProperties": dict(kind)}:
             values = f"text to {_values(kind)}"
         case {"type": kind}:
-            values = "text" if kind == "string" else str(kind)
+            values = {"string": "text", "boolean": "true or false"}.get(kind, str(kind))
         case _:
             raise AssertionError(f"no name for the type {field}")
     return f"{values}, {bold}" if default else values

@@ -223,5 +223,5 @@ def test_missing_data_is_at_the_top() -> None:
         ({"texts": texts}, "a: 9% of <it>"),
     ):
         job = Job({"recipe": "tiny", "stages": {}, "train": {}, **results}, {}, "", "tiny")
-        assert ("Missing data", shown) in summary_rows(job)
+        assert ("Data caution", shown) in summary_rows(job)
         assert f"<p>{escape(shown)}.</p>" in render(job)

@@ -134,7 +134,7 @@ def test_files_that_changed_after_the_check_are_not_proven() -> None:
 BOTH = finished()["parity"]["onnx"]
 PROOF = BOTH["first"]
 SHIPPED = {**PROOF, "of": "trained", "shipped_perplexity": 54.67, "shipped_top1_agreement": 0.9629}
-OWN = "as shipped, with 8-bit activations: 96.29% same likeliest token"
+OWN = "as shipped, with 8-bit activations: 96.29% top-1 agreement"
 NOT_RUN, NO_CHECKS = {"not_run": "no program"}, {"passed": True, "checks": []}
 
 
@@ -208,7 +208,7 @@ def test_of_several_adapters_the_least_agreement_as_shipped_is_claimed() -> None
     parity = {n: {**onnx[n], "shipped_top1_agreement": share} for n, share in shares.items()}
     results = changed(two_results(), {"parity": {"gguf": parity}})
     found = verdict(job_of("two", results, targets=["gguf"]))
-    assert "at least 97.00% same likeliest token" in found.sentence
+    assert "at least 97.00% top-1 agreement" in found.sentence
     assert any("at least 97.00%" in str(item.what) for item in found.evidence)
 
 

@@ -289,9 +289,9 @@ def described_error(error: BaseException, stage: str) -> dict[str, Any]:
     described: dict[str, Any] = {"class": type(error).__name__, "message": message, "stage": stage}
     described["remedy"] = [remedy_of(error), again]
     if isinstance(error, QwloraError):
-        # Only classes of `errors.py` have a page, so a subclass has that of its base class.
+        # The page has the classes of `errors.py`, so a subclass gets the section of its base class.
         documented = next(c for c in type(error).__mro__ if c.__module__ == QwloraError.__module__)
-        described["docs"] = f"docs/errors/{documented.__name__}.md"
+        described["docs"] = f"docs/errors.md#{documented.__name__.lower()}"
     return described
 
 

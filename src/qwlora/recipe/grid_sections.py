@@ -90,8 +90,7 @@ class Tuning(Section):
     """The float model stays in memory during tuning."""
 
     steps: NotNegative = 0
-    """number of tuning steps, one sequence each, none repeated until all are used. 512 take 25
-    minutes for SmolLM2-135M on one core with bfloat16, 46 without"""
+    """tuning steps of one sequence each; sequences repeat only after all were used"""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 3e-3
     """peak learning rate, relative to the tuned value"""
     compute: Literal["auto", "float32", "bfloat16"] = "auto"

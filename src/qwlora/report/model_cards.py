@@ -137,7 +137,7 @@ def _of_base(job: Job) -> tuple[dict[str, Any], list[Number]]:
         ("Perplexity, float model", job.get("perplexity", "float"), None),
         ("Perplexity", job.get("perplexity", "base"), "perplexity"),
         ("KL divergence from the float model, nats", job.get("kl", "base", "mean"), "kl"),
-        ("Same likeliest token as the float model", job.get("top1", "base", "share"), "accuracy"),
+        ("Top-1 agreement with the float model", job.get("top1", "base", "share"), "accuracy"),
     ]
 
 

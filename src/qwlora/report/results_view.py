@@ -196,7 +196,7 @@ class Job:
                 name = f"{runtime(target)} " * (len(targets) > 1)
                 same = f"{'at least ' * (len(shares) > 1)}{precise_percent(min(shares))}"
                 how = f"{TARGETS[target].shipped}, with {TARGETS[target].rounds}"
-                parts.append(f"{name}in float32; {how}: {same} same likeliest token")
+                parts.append(f"{name}in float32; {how}: {same} top-1 agreement")
         return f" ({'; '.join(parts)})" if parts else ""
 
     def worst_proof(self, adapter: str, key: str, worst: Any = max) -> tuple[str, ...]:

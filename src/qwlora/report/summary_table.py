@@ -80,8 +80,8 @@ def summary_rows(job: Job) -> Iterator[Row]:
             yield tile.label, "; ".join(filter(None, (figure, _plain(tile.note))))
     if base := job.section("base"):
         yield (
-            "Base",
-            f"{size(base['bytes'])} packed, {base['bits_per_weight']:.2f} bits per weight, "
+            "Packed base",
+            f"{size(base['bytes'])}, {base['bits_per_weight']:.2f} bits per weight, "
             f"fingerprint {base['fingerprint'][:16]}",
         )
     for target, parts in job.section("export").items():
@@ -91,7 +91,7 @@ def summary_rows(job: Job) -> Iterator[Row]:
     for name, train in job.section("train").items():
         yield from _training_rows(job, name, train)
     for text, caution in job.data_cautions():
-        yield "Missing data", f"{text}: {caution}" if text else caution
+        yield "Data caution", f"{text}: {caution}" if text else caution
     evidence = verdict(job).evidence
     for item in evidence:
         if item.outcome is not Outcome.PASSED:

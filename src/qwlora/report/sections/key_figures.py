@@ -30,7 +30,7 @@ SHIPPING = (
 PACKING = "How much worse the model got when its weights became integers, before any training."
 SIZE = "Graph and weights; where the base has files of its own, what each further adapter costs."
 SAME_TOKEN = (
-    "Same likeliest token: how often two models would pick the same next word. Here: exported file "
+    "Top-1 agreement: how often two models would pick the same next token. Here: exported file "
     "against the model it was exported from."
 )
 
@@ -139,7 +139,7 @@ def _divergence(job: Job, adapter: str) -> Tile:
 def _same_token(job: Job, adapter: str) -> Tile:
     path = job.worst_proof(adapter, "top1_agreement", min)
     if not path:
-        return Tile("Same likeliest token", SAME_TOKEN, None, _add(job, "verify"))
+        return Tile("Top-1 agreement", SAME_TOKEN, None, _add(job, "verify"))
     floor = job.number(*path[:-1], "floor_top1_agreement")
     note = f"noise floor {precise_percent(floor)}" if floor is not None else runtime(path[1])
     if (shipped := job.number(*path[:-1], "shipped_top1_agreement")) is not None:
@@ -147,18 +147,18 @@ def _same_token(job: Job, adapter: str) -> Tile:
     # In float32 most files agree on every token, so the shipped figure decides which is worst.
     shares = [share for share in (job.number(*path), shipped) if share is not None]
     value = job.shown(precise_percent, *path)
-    return Tile("Same likeliest token", SAME_TOKEN, value, note, badness=-min(shares, default=0.0))
+    return Tile("Top-1 agreement", SAME_TOKEN, value, note, badness=-min(shares, default=0.0))
 
 
 def _file_size(job: Job, adapter: str) -> Tile:
     target = job.targets[0] if job.targets else ""
-    files = FILES.get(target, f"files for {target}" if target else "exported file")
-    label, path, note = f"Size of the {files}", ("export", target, adapter, "bytes"), ""
+    files = FILES.get(target, f"{target} file" if target else "Exported file")
+    label, path, note = f"{files} size", ("export", target, adapter, "bytes"), ""
     value, whole = job.number(*path), job.float_bytes
     if value is None:
         return Tile(label, SIZE, None, _add(job, "export"))
     if (base := job.number("export", target, BASE, "bytes")) is not None:
-        note = f"the adapter; the base has {size(base)}"
+        note = f"adapter only; the base has {size(base)}"
     elif whole:
         note = f"{value / whole:.0%} of {size(whole)} in float32"
     number, unit = size(value).split(" ")

@@ -110,7 +110,7 @@ def _table(job: Job, adapter: str) -> Table:
     words = f"the same {sequences} held-out sequences" if sequences else "the same held-out text"
     of_trained = ", with adapter against float LoRA (the same adapter, trained on it)"
     return Table(
-        f"Every stage on {words}. Changes, KL divergence (nats) and same likeliest token are "
+        f"Every stage on {words}. Changes, KL divergence (nats) and top-1 agreement are "
         f"against the float model{of_trained * has_reference}; the standard error is that of the "
         "perplexity.",
         rows,

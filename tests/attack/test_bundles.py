@@ -52,6 +52,7 @@ HARMLESS = {
 }
 # What may be missing, and why.
 DISPENSABLE = {
+    r"/canary\.json$": "for a proof on a running server; `verify` does not read it",
     r"/(generation_|adapter_)?config\.json$": (
         "the runtime computes the same without it; other programs may miss it"
     ),

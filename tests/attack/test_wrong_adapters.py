@@ -19,6 +19,7 @@ import qwlora
 from conftest import byte_tokenizer, flip_bit, reseal, tiny_model
 from qwlora.adapter.adapter_files import FILE, WEIGHTS
 from qwlora.simulation.adapter_simulations import AdapterSimulations
+from qwlora.system.parameter_names import BASE
 from qwlora.targets.registry import TARGETS
 
 from .hostile_models import edit, tensors
@@ -195,7 +196,8 @@ def attacks(folders: Path) -> dict[str, dict[str, Attack]]:
             found[target] = of_one
             continue
         found[target] = dict(of_several if known.is_simulated else of_base)
-        taken = sorted(known.taken_names)
+        # In simulations, "base" is the zero adapter; simulate_adapters refuses it for another one.
+        taken = sorted(known.taken_names - ({BASE} if known.is_simulated else set()))
         for name in (*taken, taken[0].upper(), "RIGHT", "", ".wrong", "../wrong", "wrong one"):
             said = f"adapters cannot be called .*{re.escape(repr(name))}.*Use letters"
             of_name = (model, {"right": right, name: right}, said)

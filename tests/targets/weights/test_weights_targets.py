@@ -123,7 +123,7 @@ def test_the_runtime_computes_base_and_adapters(
 OTHERS = {
     "gpt_neox": "cannot build gpt_neox: .*'rotary_pct'",
     "gptj": r"other weights or names in gptj: model\.h\.0\.attn\.k_proj\.weight",
-    "glm": "rotates 16 values of a head in glm, and not 8",
+    "glm": "rotates 16 values of a head in glm, not 8",
     "olmo": "cannot build olmo",
     "nanochat": r"other weights.* in nanochat: model\.embed_tokens",
     "opt": "cannot build opt: Model type opt not supported",

@@ -99,9 +99,7 @@ def page() -> str:
     text = HEAD
     for kind, causes in CAUSES.items():
         meaning = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
-        also = next(c for c in kind.__mro__ if c.__module__ == "builtins").__name__
-        article = "an" if also[0] in "AIO" else "a"
-        text += f"\n## {kind.__name__}\n\n{meaning} Also {article} `{also}`.\n"
+        text += f"\n## {kind.__name__}\n\n{meaning}\n"
         items = "".join(f"- {cause}: {remedy}\n" for cause, remedy in causes.items())
         text += f"\n{items}" if items else ""
     return text

@@ -125,9 +125,10 @@ def sample_sequences(
     seed: int = 0,
     track: Track = untracked,
 ) -> Int64[Tensor, "count tokens"]:
-    """Generate text without a prompt or a template: a random first token, then samples from
-    softmax(logits / temperature). Generation continues after an end-of-text token. Equal arguments
-    give equal text on one machine.
+    """Generate text without a prompt: a random first token, then samples.
+
+    Samples come from softmax(logits / temperature), also after an end-of-text token. Equal
+    arguments give equal text on one machine.
 
     Source: LLM-QAT (Liu et al. 2023, https://arxiv.org/abs/2305.17888).
 

@@ -41,8 +41,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 def logits_of(model: Callable[..., Any]) -> Logits:
-    """A function from token ids [1, tokens] to the logits [1, tokens, vocabulary] of a transformers
-    causal language model, on its device."""
+    """A causal language model as a function: ids [1, tokens] to logits [1, tokens, vocabulary]."""
 
     def logits(ids: Tensor) -> Tensor:
         result: Tensor = model(ids.to(device_of(model)), use_cache=False).logits
@@ -129,8 +128,9 @@ def score_tokens(
     track: Track = untracked,
     reference: Logits | None = None,
 ) -> TokenScores:
-    """Score `logits(ids)` on the loss tokens of `sequences`, or on all tokens if it is a tensor of
-    ids. Processes that share a stage run different sequences, and get the scores of all.
+    """Score a model on loss tokens, or on all tokens if `sequences` is a tensor of ids.
+
+    Processes that share a stage run different sequences, and get the scores of all.
 
     Args:
         reference: logits of the model to compare with; runs on each sequence after `logits`.

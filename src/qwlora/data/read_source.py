@@ -96,8 +96,10 @@ def locate_documents(source: str) -> None:
 def load_documents(
     source: str, held_out: float = 0.2, seed: int = 0, reading: Reading | None = None
 ) -> Documents:
-    """Read `source` (a file, a folder, a hub dataset or `python:MODULE:NAME`), and split it into
-    training and held-out documents, a share of `held_out`. Raises SourceError."""
+    """Read a source, and split it into training and held-out documents.
+
+    Raises SourceError.
+    """
     how = reading or Reading()
     documents, skipped, unused = read_documents(source, how)
     if how.evaluation is None:
